@@ -1,0 +1,179 @@
+"""Messages <-> token ids, for training, sampling, evaluation and serving alike.
+
+A conversation is rendered by the tokenizer's chat template and tokenized piece by piece, cut where an assistant's turn
+begins and ends. So the tokens of a prompt are the same whether an answer follows or not, and what a model saw in
+training is what it sees when it answers. Text that looks like a control token stays text.
+"""
+
+import re
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dllm_ray.errors import DataError
+
+Message = dict[str, Any]
+"""`{"role": "user", "content": "..."}`"""
+
+_OPEN, _CLOSE = "\ue000", "\ue001"  # private-use characters that stand in for control tokens inside user text
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation as token ids."""
+
+    ids: list[int]
+    answers: list[tuple[int, int]]
+    """[start, stop) of each assistant turn in `ids`, closing token included."""
+
+
+def encode(tokenizer, messages: Sequence[Message], add_generation_prompt: bool = False) -> Encoded:
+    """Token ids of one conversation.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: role and text of each turn.
+        add_generation_prompt: end with the words that open an assistant's turn.
+
+    Raises:
+        DataError: the template refuses the conversation.
+    """
+    return encode_all(tokenizer, [messages], add_generation_prompt)[0]
+
+
+def encode_prompt(tokenizer, messages: Sequence[Message] | str) -> list[int]:
+    """Token ids of a conversation (or of one user message) up to where the assistant is to answer."""
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    return encode(tokenizer, messages, add_generation_prompt=True).ids
+
+
+def encode_all(
+    tokenizer, conversations: Sequence[Sequence[Message]], add_generation_prompt: bool = False
+) -> list[Encoded]:
+    """`encode` for many conversations; the tokenizer sees all their pieces at once.
+
+    Raises:
+        DataError: the template refuses one of them. Use `render` first where rows may be refused one by one.
+    """
+    return encode_pieces(tokenizer, [render(tokenizer, messages, add_generation_prompt) for messages in conversations])
+
+
+def render(tokenizer, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[tuple[str, bool]]:
+    """The conversation as text, in pieces: (text, whether it is an assistant's turn).
+
+    Control tokens inside messages are replaced by stand-ins that `encode_pieces` turns into plain text.
+
+    Raises:
+        DataError: the template raises, or rewrites earlier text when turns are added.
+    """
+    safe = [{**message, "content": _shield(tokenizer, message["content"])} for message in messages]
+    whole = _apply(tokenizer, safe, add_generation_prompt)
+    pieces: list[tuple[str, bool]] = []
+    done = 0
+    for index, message in enumerate(safe):
+        if message["role"] != "assistant":
+            continue
+        before = _apply(tokenizer, safe[:index], True)
+        last = index + 1 == len(safe) and not add_generation_prompt
+        through = whole if last else _apply(tokenizer, safe[: index + 1], False)
+        if not (whole.startswith(through) and through.startswith(before) and len(before) >= done):
+            raise DataError("the chat template changes earlier text when a turn is added")
+        pieces += [(whole[done : len(before)], False), (whole[len(before) : len(through)], True)]
+        done = len(through)
+    pieces.append((whole[done:], False))
+    return [piece for piece in pieces if piece[0]]
+
+
+def encode_pieces(tokenizer, conversations: Sequence[list[tuple[str, bool]]]) -> list[Encoded]:
+    """Token ids of rendered conversations (`render`)."""
+    texts: list[str] = []  # every piece, cut once more at the stand-ins for control tokens
+    plain: list[bool] = []  # whether control tokens in it are to be read as text
+    layout: list[list[tuple[range, bool]]] = []
+    for pieces in conversations:
+        spans = []
+        for text, is_answer in pieces:
+            start = len(texts)
+            for part, is_shielded in _unshield(tokenizer, text):
+                texts.append(part)
+                plain.append(is_shielded)
+            spans.append((range(start, len(texts)), is_answer))
+        layout.append(spans)
+    ids = _tokenize(tokenizer, texts, plain)
+    encoded = []
+    for spans in layout:
+        row: list[int] = []
+        answers = []
+        for span, is_answer in spans:
+            start = len(row)
+            for index in span:
+                row += ids[index]
+            if is_answer:
+                answers.append((start, len(row)))
+        encoded.append(Encoded(row, answers))
+    return encoded
+
+
+def encode_text(tokenizer, text: str) -> list[int]:
+    """Token ids of an already rendered prompt; control tokens in it count as such."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def decode(tokenizer, ids: Sequence[int]) -> str:
+    """The text of generated tokens, without control tokens."""
+    return tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def _apply(tokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    if not messages and not add_generation_prompt:
+        return ""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except Exception as error:  # a template is a program: jinja errors, TypeError, KeyError, ...
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"the chat template refuses the conversation: {first}") from None
+
+
+def _tokenize(tokenizer, texts: list[str], plain: list[bool]) -> list[list[int]]:
+    if not texts:
+        return []
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    shielded = [index for index, is_plain in enumerate(plain) if is_plain]
+    if shielded:
+        as_text = tokenizer([texts[index] for index in shielded], add_special_tokens=False, split_special_tokens=True)
+        for index, row in zip(shielded, as_text["input_ids"], strict=True):
+            ids[index] = row
+    return ids
+
+
+def _shield(tokenizer, text: str) -> str:
+    controls, pattern = _controls(tokenizer)
+    if not pattern.search(text):
+        return text
+    return pattern.sub(lambda match: f"{_OPEN}{controls.index(match[0])}{_CLOSE}", text)
+
+
+def _unshield(tokenizer, text: str) -> list[tuple[str, bool]]:
+    if _OPEN not in text:
+        return [(text, False)]
+    controls, _ = _controls(tokenizer)
+    parts = re.split(f"{_OPEN}(\\d+){_CLOSE}", text)  # text, number, text, number, ...
+    cut = [(part, False) if index % 2 == 0 else (controls[int(part)], True) for index, part in enumerate(parts)]
+    return [part for part in cut if part[0]]
+
+
+def _controls(tokenizer) -> tuple[list[str], re.Pattern]:
+    """The texts that must not turn into control tokens, and a pattern that finds them; longest first."""
+    size = len(tokenizer)
+    known = _KNOWN_CONTROLS.get(tokenizer)
+    if known is None or known[0] != size:
+        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        tokens = sorted(added | set(tokenizer.all_special_tokens), key=lambda token: (-len(token), token))
+        controls = [*tokens, _OPEN, _CLOSE]
+        known = (size, controls, re.compile("|".join(map(re.escape, controls))))
+        _KNOWN_CONTROLS[tokenizer] = known
+    return known[1:]
+
+
+_KNOWN_CONTROLS: weakref.WeakKeyDictionary[Any, tuple[int, list[str], re.Pattern]] = weakref.WeakKeyDictionary()

@@ -1,0 +1,41 @@
+"""From a command line to an exit status: parses a job's settings, runs it, and reports user errors in one message."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from dllm_ray.config import parse
+from dllm_ray.errors import DllmRayError
+
+T = TypeVar("T")
+
+
+def run_job(job: type[T], main: Callable[[T], None], description: str, argv: list[str] | None = None) -> int:
+    """Runs a job and returns its exit status.
+
+    Args:
+        job: the dataclass of its settings.
+        main: does the work.
+        description: first lines of `--help`.
+        argv: the command line; None: this process's.
+
+    Returns:
+        0 when the job did what it says; 2 for bad input and 1 for failed work, each with one message; 130 when
+        interrupted. Defects of ours raise.
+    """
+    # libraries that draw progress bars or warn at import would write over the job's own output
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        main(parse(job, sys.argv[1:] if argv is None else argv, f"python jobs/{Path(sys.argv[0]).name}", description))
+    except DllmRayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

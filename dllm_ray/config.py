@@ -1,0 +1,289 @@
+"""Typed job settings: dataclass defaults <- YAML files <- dotted overrides on the command line.
+
+A job's settings are one dataclass made of the components' own dataclasses, each field with a docstring. This module
+knows nothing about any particular job, and imports nothing heavy, so `--help` and bad input answer at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from dllm_ray.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def parse(job: type[T], argv: list[str], prog: str, description: str) -> T:
+    """Reads the settings of one job.
+
+    Args:
+        job: the job's dataclass; nested dataclass fields become dotted options.
+        argv: the command line without the program's name. `--config FILE` may be repeated, later files win;
+            `--section.field value` wins over every file; `--print_config` prints the resolved settings as YAML.
+        prog: how the program is called, for the help text.
+        description: first lines of the help text.
+
+    Returns:
+        An instance of `job`, validated by the `__post_init__` of its parts.
+
+    Raises:
+        ConfigError: unknown key (the nearest valid one is named), wrong type, impossible combination, bad file.
+        SystemExit: after `--help` or `--print_config`.
+    """
+    parser = _build_parser(job, prog, description)
+    keys = leaf_types(job)
+    files, overrides, print_config = _split_argv(argv, keys)
+    tree: dict[str, Any] = {}
+    for file in files:
+        loaded = load_yaml(Path(file))
+        _check_keys(loaded, job, where=file)
+        tree = merge(tree, loaded)
+    try:
+        namespace = parser.parse_args(overrides, namespace=parser.parse_object(tree)) if tree else None
+        namespace = namespace or parser.parse_args(overrides)
+    except SystemExit:
+        raise
+    except Exception as error:  # jsonargparse raises several unrelated types for a value that doesn't fit
+        raise ConfigError(_readable(error, keys)) from None
+    settings = instantiate(job, namespace)
+    if print_config:
+        print(to_yaml(settings), end="")
+        raise SystemExit(0)
+    return settings
+
+
+def instantiate(cls: type[T], values: Any, prefix: str = "") -> T:
+    """Builds nested dataclasses from a (nested) mapping or namespace; validation errors name the dotted field.
+
+    Args:
+        cls: the dataclass to build.
+        values: one attribute or key for each field.
+        prefix: the dotted path of `cls` inside the job, with its trailing dot.
+
+    Raises:
+        ConfigError: what a part's `__post_init__` raised, with the section in front.
+    """
+    given = vars(values) if not isinstance(values, Mapping) else values
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for field in dataclasses.fields(cls):
+        if field.name not in given:
+            continue
+        value = given[field.name]
+        nested = hints[field.name]
+        if dataclasses.is_dataclass(nested):
+            value = instantiate(nested, value, f"{prefix}{field.name}.")
+        arguments[field.name] = value
+    try:
+        return cls(**arguments)
+    except ConfigError as error:
+        if error.field is None or (prefix and error.field.startswith(prefix)):
+            raise
+        raise ConfigError(error.message, prefix + error.field) from None
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """The settings as plain nested dictionaries, ready for YAML or JSON (tuples become lists)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return value
+
+    return plain(dataclasses.asdict(settings))
+
+
+def to_yaml(settings: Any) -> str:
+    """The resolved settings as YAML that `--config` reads back to the same settings."""
+    tree = settings if isinstance(settings, Mapping) else to_dict(settings)
+    return yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one dictionary with dotted keys; empty dictionaries are kept as values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over` laid on top, mapping by mapping."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
+    return merged
+
+
+def load_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Reads one YAML file. Its key `include` (a path or a list, relative to the file) names files it builds on.
+
+    Raises:
+        ConfigError: a missing or unreadable file, broken YAML, no mapping at the top, or a circle of includes.
+    """
+    path = Path(path)
+    if path.resolve() in _seen:
+        raise ConfigError(f"{path}: includes itself, through {' -> '.join(str(item) for item in _seen)}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [item.name for item in path.parent.glob("*.y*ml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"no such settings file: {path}{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: can't be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: broken YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings at the top, found a {type(tree).__name__}")
+    includes = tree.pop("include", [])
+    merged: dict[str, Any] = {}
+    for name in [includes] if isinstance(includes, str) else includes:
+        merged = merge(merged, load_yaml(path.parent / name, (*_seen, path.resolve())))
+    return merge(merged, tree)
+
+
+def leaf_types(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> annotated type of every field that isn't itself a section."""
+    leaves: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            leaves |= leaf_types(hint, f"{prefix}{name}.")
+        else:
+            leaves[prefix + name] = hint
+    return leaves
+
+
+def _build_parser(job: type, prog: str, description: str):
+    import jsonargparse
+
+    class Formatter(jsonargparse.DefaultHelpFormatter):
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
+            return text  # descriptions hold command lines, which must not be reflowed
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        formatter_class=Formatter,
+        usage=f"{prog} [--config FILE.yaml ...] [--section.field VALUE ...] [--print_config]",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", help="YAML file of settings; may be repeated, later files win.")
+    parser.add_argument("--print_config", help="Print the resolved settings as YAML, and stop.", action="store_true")
+    parser.add_class_arguments(job, as_group=False)
+    keys = {*leaf_types(job), "config", "print_config", "help"}
+    for action in parser._actions:
+        if action.dest not in keys:  # jsonargparse's own option for a whole section; ours are `include` and --config
+            action.help = argparse.SUPPRESS
+    return parser
+
+
+def _split_argv(argv: list[str], keys: Mapping[str, Any]) -> tuple[list[str], list[str], bool]:
+    """Splits the command line into settings files, overrides (unknown ones refused) and `--print_config`."""
+    files, overrides, print_config = [], [], False
+    position = 0
+    while position < len(argv):
+        word = argv[position]
+        position += 1
+        if word in ("-h", "--help"):
+            overrides.append(word)
+            continue
+        if not word.startswith("--"):
+            raise ConfigError(f"unexpected argument {word!r}; settings are given as --section.field VALUE")
+        name, has_value, value = word[2:].partition("=")
+        if name == "print_config":
+            print_config = True
+            continue
+        plain = name.removesuffix("+")
+        if name != "config" and plain not in keys and not _inside_mapping(plain, keys):
+            if any(key.startswith(f"{plain}.") for key in keys):
+                raise ConfigError(f"--{name} is a section: set its fields one by one, as --{name}.FIELD VALUE")
+            raise ConfigError(f"unknown option --{name}{_nearest(plain, keys)}")
+        if not has_value:
+            following = argv[position] if position < len(argv) else None
+            if following is None or following.startswith("--"):
+                if keys.get(name) is not bool:
+                    raise ConfigError(f"--{name}: a value is missing")
+                value = "true"  # a switch such as --fresh
+            else:
+                value = following
+                position += 1
+        if name == "config":
+            files.append(value)
+        else:
+            overrides.append(f"--{name}={value}")
+    return files, overrides, print_config
+
+
+def _check_keys(tree: Mapping[str, Any], cls: type, where: str, prefix: str = "") -> None:
+    keys = leaf_types(cls)
+    hints = typing.get_type_hints(cls)
+    for key, value in tree.items():
+        if key not in hints:
+            raise ConfigError(f"{where}: unknown key {prefix + str(key)!r}{_nearest(str(key), keys, prefix)}")
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{where}: {prefix}{key}: expected a section with keys, got {value!r}")
+            _check_keys(value, hints[key], where, f"{prefix}{key}.")
+
+
+def _inside_mapping(name: str, keys: Mapping[str, Any]) -> bool:
+    parents = [name[: match.start()] for match in re.finditer(r"\.", name)]
+    return any(typing.get_origin(keys.get(parent)) is dict for parent in parents)
+
+
+def _nearest(name: str, keys: Iterable[str], prefix: str = "") -> str:
+    """'; did you mean ...?' with the valid key nearest in spelling, by whole name or by its last part."""
+    keys = list(keys)
+    whole = difflib.get_close_matches(name, keys, n=1, cutoff=0.6)
+    by_tail = {key.rpartition(".")[2]: key for key in keys}
+    tail = difflib.get_close_matches(name.rpartition(".")[2], by_tail, n=1, cutoff=0.6)
+    best = max(
+        [*whole, *(by_tail[item] for item in tail)],
+        key=lambda key: difflib.SequenceMatcher(None, name, key).ratio(),
+        default=None,
+    )
+    return f"; did you mean {prefix}{best}?" if best else "; --help lists every setting"
+
+
+def _readable(error: Exception, keys: Mapping[str, Any]) -> str:
+    """One line out of the parser's message: `section.field: expected int, got 'x'`."""
+    text = " ".join(str(error).split())
+    key = re.search(r'Parser key "([^"]+)"', text)
+    value = re.search(r"(?:Got value|Given value): (.*?)(?: Given value type:.*)?$", text)
+    if key and value and key[1] in keys:
+        return f"{key[1]}: expected {_describe(keys[key[1]])}, got {value[1]}"
+    return text
+
+
+def _describe(hint: Any) -> str:
+    """A type annotation in words: `int or null`, `one of 'a', 'b'`, `list of str`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is type(None):
+        return "null"
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(repr, arguments))}"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(item) for item in arguments)
+    if origin in (list, tuple):
+        return f"list of {_describe(arguments[0])}"
+    if origin is dict:
+        return f"mapping of {_describe(arguments[0])} to {_describe(arguments[1])}"
+    return getattr(hint, "__name__", str(hint))

@@ -1,0 +1,1 @@
+"""Data: sources -> conversations -> token rows -> global batches. Ray appears in `mixture` only."""

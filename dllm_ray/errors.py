@@ -1,0 +1,54 @@
+"""The errors that a user of dllm_ray can cause, by name.
+
+Jobs turn any of them into one message and an exit status (`dllm_ray.cli`); everything else is a defect of ours and
+shows its traceback. A message names the thing, what was found, what was expected and what to do.
+"""
+
+
+class DllmRayError(Exception):
+    """Base of every error that a change of input, settings or environment can mend."""
+
+    exit_status = 2
+
+
+class ConfigError(DllmRayError):
+    """A setting is unknown, has the wrong type, or can't be combined with another.
+
+    Args:
+        message: what is wrong and what to do.
+        field: the field's name inside its own dataclass; the config parser puts the section in front.
+    """
+
+    def __init__(self, message: str, field: str | None = None):
+        super().__init__(message, field)
+        self.message = message
+        self.field = field
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.message}" if self.field else self.message
+
+
+class DataError(DllmRayError):
+    """A data source is missing, unreadable, or holds no usable row."""
+
+
+class ModelError(DllmRayError):
+    """A model directory or hub id can't be loaded as a diffusion language model."""
+
+
+class OutputError(DllmRayError):
+    """A result can't be written, or an output folder holds something else."""
+
+
+class ResourceError(DllmRayError):
+    """The cluster can't give what the job asks for."""
+
+
+class TrainingError(DllmRayError):
+    """Training failed for a reason other than its input, after the restarts it is allowed."""
+
+    exit_status = 1
+
+
+class EvaluationError(DllmRayError):
+    """A task or its data can't be evaluated."""

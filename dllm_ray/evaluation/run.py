@@ -1,0 +1,148 @@
+"""Runs lm-eval tasks against an adapter: finds tasks, points them at local data, collects results."""
+
+import difflib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dllm_ray.errors import EvaluationError
+from dllm_ray.evaluation.config import EvaluateConfig
+from dllm_ray.evaluation.lm import DiffusionHarness
+
+TASKS = Path(__file__).parent / "tasks"
+"""Tasks of our own."""
+
+
+def check_tasks(config: EvaluateConfig) -> None:
+    """Cheap checks before anything is loaded: folders, data files, and tasks that can't do without a file.
+
+    Raises:
+        EvaluationError: what is missing.
+    """
+    if config.include_path is not None and not Path(config.include_path).is_dir():
+        raise EvaluationError(f"evaluate.include_path {config.include_path}: no such folder")
+    ours = _our_tasks(config)
+    for task, files in config.data_files.items():
+        if task not in config.tasks:
+            raise EvaluationError(f"evaluate.data_files names {task!r}, which is not among evaluate.tasks")
+        _require_file(task, files)
+    for task in config.tasks:
+        files = ours.get(task, {}).get("dataset_kwargs", {}).get("data_files")
+        if task in config.data_files or not isinstance(files, Mapping):
+            continue
+        for file in files.values():
+            _require_file(task, file)
+
+
+def evaluate(model: DiffusionHarness, config: EvaluateConfig, seed: int) -> dict[str, Any]:
+    """Runs the tasks.
+
+    Args:
+        model: answers the requests.
+        config: what to ask.
+        seed: seeds the choice of few-shot examples.
+
+    Returns:
+        lm-eval's own result: `results`, `configs`, `n-samples`, `samples`, ...
+
+    Raises:
+        EvaluationError: an unknown task, or one whose data can't be had.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from lm_eval import simple_evaluate
+
+    manager = _task_manager(config)
+    tasks = [
+        {"task": task, "dataset_kwargs": {"data_files": {"test": str(Path(config.data_files[task]).resolve())}}}
+        if task in config.data_files
+        else task
+        for task in config.tasks
+    ]
+    try:
+        return simple_evaluate(
+            model=model,
+            tasks=tasks,
+            task_manager=manager,
+            limit=config.limit,
+            num_fewshot=config.num_fewshot,
+            apply_chat_template=config.chat_template,
+            log_samples=True,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    except (OSError, ConnectionError) as error:
+        raise EvaluationError(
+            f"the data of {', '.join(config.tasks)} can't be had: {str(error).strip().splitlines()[0]}. Give a local "
+            "file with evaluate.data_files, e.g. --evaluate.data_files.TASK test.jsonl"
+        ) from error
+
+
+def metrics(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Task -> metric -> value, without standard errors and filter names where a metric has one filter only."""
+    flat: dict[str, dict[str, float]] = {}
+    for task, values in results["results"].items():
+        named = [key.split(",") for key in values if "," in key and "_stderr" not in key]
+        several = {name for name, *_ in named if sum(other[0] == name for other in named) > 1}
+        flat[task] = {
+            (f"{name}.{filters}" if name in several else name): values[f"{name},{filters}"]
+            for name, filters in named
+            if isinstance(values[f"{name},{filters}"], int | float)
+        }
+    return flat
+
+
+def stderr(results: Mapping[str, Any], task: str, metric: str) -> float | None:
+    """The standard error beside a metric of `metrics`, where lm-eval gives one."""
+    name, _, filters = metric.partition(".")
+    for key, value in results["results"][task].items():
+        if key.startswith(f"{name}_stderr,") and (not filters or key.endswith(f",{filters}")):
+            return value if isinstance(value, int | float) else None
+    return None
+
+
+def _task_manager(config: EvaluateConfig):
+    from lm_eval.tasks import TaskManager
+
+    folders = [str(TASKS), *([config.include_path] if config.include_path else [])]
+    # lm-eval's own 14,000 tasks take a quarter of a minute to index; most runs need none of them
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    missing = [task for task in config.tasks if task not in manager.task_index]
+    if not missing:
+        return manager
+    manager = TaskManager(include_path=folders)
+    unknown = [task for task in config.tasks if task not in manager.task_index and not Path(task).is_file()]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], list(manager.task_index), n=3, cutoff=0.5)
+        hint = f"; the nearest names: {', '.join(near)}" if near else ""
+        raise EvaluationError(f"no task {unknown[0]!r}{hint}")
+    return manager
+
+
+def _our_tasks(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_constructor("!function", lambda loader, node: None)
+    folders: Sequence[Path] = [TASKS, *([Path(config.include_path)] if config.include_path else [])]
+    tasks = {}
+    for folder in folders:
+        for path in sorted(folder.rglob("*.yaml")):
+            try:
+                tree = yaml.load(path.read_text(encoding="utf-8"), Loader)
+            except yaml.YAMLError as error:
+                raise EvaluationError(f"{path}: broken YAML: {' '.join(str(error).split())}") from None
+            if isinstance(tree, dict) and isinstance(tree.get("task"), str):
+                tasks[tree["task"]] = tree
+    return tasks
+
+
+def _require_file(task: str, file: str) -> None:
+    if not any(mark in file for mark in "*?[") and "://" not in file and not Path(file).is_file():
+        raise EvaluationError(
+            f"task {task}: no such data file: {file}. Name one with --evaluate.data_files.{task} FILE"
+        )

@@ -1,0 +1,1 @@
+"""Models: loading, building, and the facts about them (`DiffusionSpec`) that objectives and samplers need."""

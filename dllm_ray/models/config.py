@@ -1,0 +1,60 @@
+"""Settings that say which model a job uses: a directory or hub id, or a small one built from scratch."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dllm_ray.errors import ConfigError
+
+
+@dataclass
+class ScratchConfig:
+    """A new model with random weights and a byte-level BPE tokenizer trained on the training data."""
+
+    architecture: str = "bert"
+    """`model_type` of any BERT-style encoder or decoder of transformers: bert, modernbert, llama, qwen3, ..."""
+    vocab_size: int = 4096
+    """Most tokens in the tokenizer: 256 bytes, the special tokens, and BPE merges learned from the data."""
+    hidden_size: int = 128
+    """Width of the residual stream."""
+    num_hidden_layers: int = 4
+    """Number of layers."""
+    num_attention_heads: int = 4
+    """Attention heads in each layer."""
+    intermediate_size: int | None = None
+    """Width of the MLP; null: four times `hidden_size`."""
+    max_position_embeddings: int = 1024
+    """Longest sequence, in tokens."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further fields of the architecture's transformers config, e.g. `{num_key_value_heads: 2}`."""
+
+    def __post_init__(self):
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"must be at least 1, got {getattr(self, name)}", name)
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"must be a multiple of num_attention_heads ({self.num_attention_heads}), got {self.hidden_size}",
+                "hidden_size",
+            )
+        if self.vocab_size < 257:
+            raise ConfigError(f"must exceed the 256 byte tokens, got {self.vocab_size}", "vocab_size")
+
+
+@dataclass
+class ModelConfig:
+    """The model of a job."""
+
+    path: str | None = None
+    """A Hugging Face directory or hub id; null builds the model described by `scratch`, where the job trains one."""
+    adapter: str | None = None
+    """A PEFT adapter directory to put on top of `path`."""
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Type the weights are held in; `auto` keeps the checkpoint's."""
+    quantization: Literal["4bit", "8bit"] | None = None
+    """Load the linear layers through bitsandbytes in 4-bit NF4 or in 8 bits."""
+    scratch: ScratchConfig = field(default_factory=ScratchConfig)
+    """The model to build when `path` is null."""
+
+    def __post_init__(self):
+        if self.path is None and (self.adapter or self.quantization):
+            raise ConfigError("an adapter or quantization needs a model to load: set model.path", "path")

@@ -1,0 +1,149 @@
+"""`DiffusionLM`: a transformers model, its tokenizer and its spec, with logits at chosen positions only.
+
+Shapes: B rows, T positions, H hidden size, V vocabulary, N chosen positions.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dllm_ray.models.spec import CONFIG_KEY, DiffusionSpec
+
+# Families that count positions from padding_idx + 1 and would skip padding tokens, which a DLM may attend.
+_OFFSET_POSITIONS = frozenset(
+    ("camembert", "data2vec-text", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm")
+    + ("xlm-roberta", "xlm-roberta-xl", "xmod")
+)
+
+
+class LogitsModule(nn.Module):
+    """A transformers LM whose vocabulary head runs over chosen positions only.
+
+    The hidden states that leave the trunk are gathered before the head sees them. This works for every architecture
+    whose head acts on each position by itself, keeps soft caps and scales of the head's own forward, and never makes
+    a [B, T, V] tensor.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        base = _without_adapter(model)
+        self._trunk = [base.base_model]  # in a list: it is part of `model` and must not be registered twice
+        self._is_decoder = is_decoder(base)
+        config = base.config
+        self._position_offset = (config.pad_token_id or 0) + 1 if config.model_type in _OFFSET_POSITIONS else 0
+
+    def forward(
+        self,
+        input_ids: Tensor,  # [B, T]
+        attention_mask: Tensor | None = None,  # [B, T] or [B or 1, 1, T, T]; None: every position attends everywhere
+        position_ids: Tensor | None = None,  # [B, T]; None: 0, 1, 2, ...
+        positions: Tensor | None = None,  # [N], indices into the flattened [B * T] grid; None: all
+    ) -> Tensor:  # [N, V], or [B, T, V] when positions is None
+        arguments = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if self._position_offset:
+            if position_ids is None:
+                position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+            position_ids = position_ids + self._position_offset
+        if position_ids is not None:
+            arguments["position_ids"] = position_ids
+        if self._is_decoder:
+            arguments["use_cache"] = False
+        if positions is None:
+            return self.model(**arguments).logits
+
+        gathered = False
+
+        def gather(_module, _inputs, output):
+            nonlocal gathered
+            hidden_BTH = output.last_hidden_state
+            output.last_hidden_state = hidden_BTH.flatten(0, 1).index_select(0, positions).unsqueeze(0)
+            gathered = True
+            return output
+
+        hook = self._trunk[0].register_forward_hook(gather)
+        try:
+            logits = self.model(**arguments).logits  # [1, N, V]
+        finally:
+            hook.remove()
+        # A few architectures (OPT) call into their trunk past its forward; then the head saw every position.
+        return logits.squeeze(0) if gathered else logits.flatten(0, 1).index_select(0, positions)
+
+
+class DiffusionLM:
+    """What everything else works with: `model`, `tokenizer` and `spec`.
+
+    Args:
+        model: a masked LM, or a causal LM whose attention was made bidirectional (`dllm_ray.models.load`).
+        tokenizer: its tokenizer; None where only token ids are handled.
+        spec: the facts a denoiser needs.
+        module: what computes logits; strategies put their wrapper (DDP, an engine) here. Default: `LogitsModule`.
+    """
+
+    def __init__(self, model, tokenizer, spec: DiffusionSpec, module: nn.Module | None = None):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.spec = spec
+        self.module = module if module is not None else LogitsModule(model)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def max_length(self) -> int | None:
+        """Most positions the model can tell apart, or None when its config states no limit."""
+        config = _without_adapter(self.model).config
+        return usable_positions(config)
+
+    def logits(
+        self,
+        input_ids: Tensor,  # [B, T]
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        positions: Tensor | None = None,  # [N] indices into the flattened grid
+        shift: bool | None = None,
+    ) -> Tensor:  # [N, V], or [B, T, V] when positions is None
+        """Logits that predict the token AT each position, whatever way round the model was trained.
+
+        Args:
+            input_ids: [B, T] token ids.
+            attention_mask: [B, T], 1 for positions that may be seen; or a 4-D mask; None when all may.
+            position_ids: [B, T]; None counts from 0.
+            positions: [N] positions of interest, as indices into the flattened [B * T] grid; None for all.
+            shift: read the logits one position to the left (position 0 reads its own); None: as the spec says.
+        """
+        shift = self.spec.shift_logits if shift is None else shift
+        if not shift:
+            return self.module(input_ids, attention_mask, position_ids, positions)
+        width = input_ids.shape[1]
+        if positions is not None:
+            source = positions - (positions % width > 0).long()
+            return self.module(input_ids, attention_mask, position_ids, source)
+        logits_BTV = self.module(input_ids, attention_mask, position_ids, None)
+        return torch.cat([logits_BTV[:, :1], logits_BTV[:, :-1]], dim=1)
+
+    def save(self, directory: str | Path) -> None:
+        """Writes a plain Hugging Face directory, with the spec under `"diffusion"` in `config.json`."""
+        setattr(_without_adapter(self.model).config, CONFIG_KEY, self.spec.to_dict())
+        self.model.save_pretrained(directory)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(directory)
+
+
+def is_decoder(model: nn.Module) -> bool:
+    """Whether the model is an autoregressive architecture (made bidirectional), not a masked LM."""
+    return not type(model).__name__.endswith("ForMaskedLM")
+
+
+def usable_positions(config) -> int | None:
+    """Longest sequence that a transformers config allows, in tokens; None when it states no limit."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        return None
+    return limit - ((config.pad_token_id or 0) + 1 if config.model_type in _OFFSET_POSITIONS else 0)
+
+
+def _without_adapter(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

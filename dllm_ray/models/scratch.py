@@ -1,0 +1,77 @@
+"""Builds a small model from scratch: any encoder or decoder architecture of transformers, with random weights."""
+
+import torch
+
+from dllm_ray.errors import ModelError
+from dllm_ray.models.config import ScratchConfig
+from dllm_ray.models.lm import DiffusionLM, is_decoder
+from dllm_ray.models.load import as_bidirectional, check_bidirectional, describe
+from dllm_ray.models.spec import CONFIG_KEY
+
+
+def build(config: ScratchConfig, tokenizer, seed: int) -> DiffusionLM:
+    """A model with random float32 weights, the same for the same seed.
+
+    Args:
+        config: architecture and sizes.
+        tokenizer: from `train_bpe`, or any prepared one.
+        seed: seeds the weights; torch's global generator is left as it was.
+
+    Raises:
+        ModelError: unknown architecture, or one whose attention can't be made bidirectional.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    kind = config.architecture
+    masked = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if kind not in CONFIG_MAPPING_NAMES or not (masked or kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        raise ModelError(
+            f"architecture {kind!r} is not a masked or causal language model of transformers; "
+            "try bert, modernbert, llama or qwen3"
+        )
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "intermediate_size": config.intermediate_size or 4 * config.hidden_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+    }
+    # These depend on the sizes above, but many architectures default them to those of their published model.
+    known = AutoConfig.for_model(kind).to_dict()
+    if "num_key_value_heads" in known:
+        sizes["num_key_value_heads"] = config.num_attention_heads
+    if "head_dim" in known:
+        sizes["head_dim"] = config.hidden_size // config.num_attention_heads
+    # Dropout off: a diffusion LM sees every text under ever new masks, which regularises by itself, and runs with
+    # different numbers of workers stay comparable.
+    sizes |= {
+        name: 0.0
+        for name, value in known.items()
+        if name.endswith(("dropout", "dropout_prob", "pdrop")) and isinstance(value, float)
+    }
+    unknown = sorted(set(config.extra) - set(known))
+    if unknown:
+        raise ModelError(f"model.scratch.extra: {', '.join(unknown)} is not a field of the {kind} config")
+    native = AutoConfig.for_model(kind, **(sizes | config.extra))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if masked:
+            model = AutoModelForMaskedLM.from_config(native)
+        else:
+            model = AutoModelForCausalLM.from_config(as_bidirectional(native))
+    spec = describe(kind, tokenizer)
+    setattr(model.config, CONFIG_KEY, spec.to_dict())
+    model.eval()
+    lm = DiffusionLM(model, tokenizer, spec)
+    if is_decoder(model):
+        check_bidirectional(lm)
+    return lm

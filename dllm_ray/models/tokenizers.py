@@ -1,0 +1,124 @@
+"""Tokenizers: loading, training a byte-level BPE, and the special tokens and chat template that a DLM can't do without.
+
+Knows nothing of models or of training; `dllm_ray.chat` turns conversations into token ids with what is set up here.
+"""
+
+import logging
+from collections.abc import Iterable
+
+from dllm_ray.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+MASK_TOKEN = "<|mask|>"
+EOS_TOKEN = "<|endoftext|>"
+PAD_TOKEN = "<|pad|>"
+ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>")
+
+DEFAULT_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+"""For tokenizers without a chat template: a role marker, the text, and the end-of-text token that ends the turn."""
+
+
+def load_tokenizer(path: str):
+    """The tokenizer of a directory or hub id.
+
+    Raises:
+        ModelError: there is none, or it can't be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and others here
+        raise ModelError(
+            f"{path}: no tokenizer could be loaded from it (expected tokenizer.json or the files of a tokenizer "
+            f"that transformers knows, beside config.json): {_first_line(error)}"
+        ) from error
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int):
+    """Trains a byte-level BPE tokenizer with the tokens and template a chat DLM needs.
+
+    Args:
+        texts: what to learn merges from. Any text can be encoded afterwards, seen or not.
+        vocab_size: most tokens; 256 bytes and the special tokens come first, merges fill the rest.
+
+    Returns:
+        A `PreTrainedTokenizerFast` with mask, eos and pad tokens and `DEFAULT_CHAT_TEMPLATE`.
+
+    Raises:
+        ModelError: `vocab_size` doesn't hold the bytes and the special tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = [PAD_TOKEN, EOS_TOKEN, MASK_TOKEN, *ROLE_TOKENS]
+    smallest = 256 + len(special)
+    if vocab_size < smallest:
+        raise ModelError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(special)} special tokens need room")
+    tokenizer = Tokenizer(models.BPE())
+    # Digits stay single tokens, as numbers are read and written digit by digit.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD_TOKEN,
+        eos_token=EOS_TOKEN,
+        mask_token=MASK_TOKEN,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = DEFAULT_CHAT_TEMPLATE
+    return fast
+
+
+def prepare(tokenizer):
+    """Adds, in place, what a diffusion model needs and the tokenizer lacks; says so in the log.
+
+    A mask token is added when there is none. A missing end-of-text token is taken from the padding token, as the
+    published BERT chat models do, and a missing padding token from end-of-text. A missing chat template becomes
+    `DEFAULT_CHAT_TEMPLATE`.
+    """
+    if tokenizer.mask_token is None:
+        tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
+        logger.info("the tokenizer has no mask token: %s is token %d", MASK_TOKEN, tokenizer.mask_token_id)
+    if tokenizer.eos_token is None:
+        tokenizer.add_special_tokens({"eos_token": tokenizer.pad_token or EOS_TOKEN})
+        logger.info("the tokenizer has no end-of-text token: %s takes its part", tokenizer.eos_token)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+    return tokenizer
+
+
+def end_of_turn_id(tokenizer) -> int | None:
+    """The special token with which the chat template closes an assistant's turn, if it does so with one."""
+    marker = "\ue000answer\ue000"
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": marker}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # a template is a program: it may refuse anything
+        logger.warning("the chat template can't render a question and an answer: %s", _first_line(error))
+        return None
+    after = text.rpartition(marker)[2]
+    ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
+    return ids[0] if ids and ids[0] in set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder) else None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,251 @@
+"""MLflow: one run for each job, with its settings, metrics, system facts and artifacts. Only this module imports it.
+
+The client API is used throughout, so nothing depends on a global "active run", and several runs can be open at once.
+"""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from dllm_ray.config import flatten, to_yaml
+from dllm_ray.errors import DllmRayError, OutputError
+
+_PACKAGES = ("dllm-ray", "torch", "transformers", "ray", "datasets", "lm-eval", "mlflow", "numpy", "tokenizers", "peft")
+_SQLITE = "sqlite:///"
+_PARAM_LIMIT = 6000  # characters that MLflow stores of a parameter
+
+
+@dataclass
+class TrackingConfig:
+    """Where runs are recorded."""
+
+    uri: str | None = None
+    """MLflow tracking server or database; null: `mlruns.db` (SQLite) and `mlartifacts/` in the output folder."""
+    experiment: str = "dllm_ray"
+    """MLflow experiment."""
+    run_name: str | None = None
+    """Name of the run; null: the job and the output folder."""
+
+
+class Run:
+    """An open MLflow run."""
+
+    def __init__(self, client, run_id: str, uri: str):
+        self._client = client
+        self.run_id = run_id
+        self.uri = uri
+
+    def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Records metrics of one step."""
+        self.log_many([(metrics, step)])
+
+    def log_many(self, entries: list[tuple[Mapping[str, float], int]]) -> None:
+        """Records the metrics of several steps in one request."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        points = [Metric(key, float(value), now, step) for metrics, step in entries for key, value in metrics.items()]
+        for start in range(0, len(points), 1000):  # the most one request may hold
+            self._client.log_batch(self.run_id, metrics=points[start : start + 1000])
+
+    def tag(self, tags: Mapping[str, Any]) -> None:
+        """Sets tags."""
+        for key, value in tags.items():
+            self._client.set_tag(self.run_id, key, value)
+
+    def text(self, name: str, text: str) -> None:
+        """Stores a text artifact under a file name."""
+        self._client.log_text(self.run_id, text, name)
+
+    def json(self, name: str, value: Any) -> None:
+        """Stores a JSON artifact under a file name."""
+        self.text(name, json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+    def file(self, path: str | Path, folder: str | None = None) -> None:
+        """Stores a file as an artifact."""
+        self._client.log_artifact(self.run_id, str(path), folder)
+
+
+@contextmanager
+def start(
+    job: str,
+    settings: Mapping[str, Any],
+    output_dir: Path,
+    tracking: TrackingConfig,
+    tags: Mapping[str, str],
+    resume: str | None = None,
+    parent: str | None = None,
+) -> Iterator[Run]:
+    """Opens a run for the time of a `with` block and records how it ended.
+
+    An error marks the run FAILED, with the reason in the tag `dllm_ray.failure`; an interrupt marks it KILLED.
+
+    Args:
+        job: `sft`, `evaluate`, ...
+        settings: the resolved settings; recorded as parameters and as `config.yaml`.
+        output_dir: the job's output folder.
+        tracking: where to record.
+        tags: what the run is about, e.g. `dllm_ray.model`.
+        resume: id of an earlier run to go on with.
+        parent: id of the run this one belongs under, in the same tracking store.
+
+    Raises:
+        OutputError: the tracking store can't be reached or written.
+    """
+    uri = tracking.uri or default_uri(output_dir)
+    client, experiment = _open(uri, tracking.experiment, output_dir)
+    name = tracking.run_name or f"{job} {output_dir.name}"
+    run_tags = {
+        "dllm_ray.job": job,
+        "mlflow.runName": name,
+        **{key: str(value) for key, value in tags.items() if value is not None},
+        **({"mlflow.parentRunId": parent} if parent and _exists(client, parent) else {}),
+        **_git(),
+    }
+    if resume is not None and _exists(client, resume):
+        client.update_run(resume, status="RUNNING")
+        run = Run(client, resume, uri)
+        run.tag(run_tags)
+    else:
+        run = Run(client, client.create_run(experiment, tags=run_tags).info.run_id, uri)
+        _record(run, client, settings)
+    try:
+        yield run
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {error}"
+        run.tag({"dllm_ray.failure": reason[:5000]})
+        client.set_terminated(run.run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    client.set_terminated(run.run_id, "FINISHED")
+
+
+def default_uri(output_dir: Path) -> str:
+    """The SQLite database of an output folder."""
+    return f"{_SQLITE}{output_dir.resolve()}/mlruns.db"
+
+
+def beside_training(tracking: TrackingConfig, provenance: Mapping[str, Any]) -> TrackingConfig:
+    """Where work on a trained model is recorded: unless told otherwise, where its training was, if still there."""
+    trained = provenance.get("tracking_uri", "")
+    if tracking.uri is not None or not trained:
+        return tracking
+    if trained.startswith(_SQLITE) and not Path(trained.removeprefix(_SQLITE)).is_file():
+        return tracking
+    return replace(tracking, uri=trained)
+
+
+def ui_command(uri: str) -> str:
+    """The command that opens the MLflow UI over a tracking store, or the address of a server."""
+    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+
+
+def _open(uri: str, experiment: str, output_dir: Path):
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    for name in ("mlflow", "alembic"):  # they narrate the creation of a database
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+    try:
+        client = MlflowClient(tracking_uri=uri)
+        found = client.get_experiment_by_name(experiment)
+        if found is not None:
+            return client, found.experiment_id
+        artifacts = None
+        if uri.startswith("sqlite:"):
+            artifacts = (output_dir.resolve() / "mlartifacts").as_uri()
+        return client, client.create_experiment(experiment, artifact_location=artifacts)
+    except (MlflowException, OSError) as error:
+        raise OutputError(f"tracking.uri {uri} can't be used: {str(error).splitlines()[0]}") from error
+    except DllmRayError:
+        raise
+    except Exception as error:  # database drivers raise their own types
+        raise OutputError(f"tracking.uri {uri} can't be used: {type(error).__name__}: {error}") from error
+
+
+def _exists(client, run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_run(run_id)
+    except MlflowException:
+        return False
+    return True
+
+
+def _record(run: Run, client, settings: Mapping[str, Any]) -> None:
+    from mlflow.entities import Param
+
+    params = [Param(key, str(value)[:_PARAM_LIMIT]) for key, value in flatten(_without_secrets(settings)).items()]
+    client.log_batch(run.run_id, params=params)
+    run.text("config.yaml", to_yaml(_without_secrets(settings)))
+    run.json("system.json", system_facts())
+
+
+def _without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings fit for recording: values of fields that hold keys or passwords are left out."""
+    clean: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            clean[key] = _without_secrets(value)
+        elif any(word in key for word in ("api_key", "password", "secret", "token_file")) and value:
+            clean[key] = "(hidden)"
+        else:
+            clean[key] = value
+    return clean
+
+
+def system_facts() -> dict[str, Any]:
+    """What a result may depend on beside settings: machine, devices, package versions."""
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
+    }
+    import torch
+
+    facts["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return facts
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, str]:
+    """The revision of the checkout this package runs from, when it is one."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return {}
+    command = ["git", "-C", str(root)]
+    try:
+        revision = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        changed = subprocess.run([*command, "status", "--porcelain"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    if revision.returncode:
+        return {}
+    dirty = "yes" if changed.stdout.strip() else "no"
+    return {"mlflow.source.git.commit": revision.stdout.strip(), "dllm_ray.git_dirty": dirty}

@@ -1,0 +1,64 @@
+"""What a training checkpoint holds, and how a finished one becomes `final/`.
+
+A checkpoint is the strategy's model and optimizer state, plus:
+
+    config.yaml   the run's resolved settings
+    state.json    step, validation nll
+
+The noise and the order of the data follow from the seed and the step (`loop`, `data.plan`), so nothing else is needed
+to go on.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dllm_ray.config import to_yaml
+from dllm_ray.output import replace_directory
+from dllm_ray.training.strategies.base import Strategy
+
+STATE = "state.json"
+SETTINGS = "config.yaml"
+PROVENANCE = "provenance.json"
+
+
+def save(directory: Path, strategy: Strategy, settings: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Writes a checkpoint; every worker calls it with a folder of its own."""
+    strategy.save(directory)
+    if strategy.rank == 0:
+        (directory / SETTINGS).write_text(to_yaml(settings), encoding="utf-8")
+        (directory / STATE).write_text(json.dumps(dict(state)), encoding="utf-8")
+
+
+def restore(directory: Path, strategy: Strategy) -> dict[str, Any]:
+    """Restores a checkpoint and returns its state."""
+    strategy.load(directory)
+    return json.loads((directory / STATE).read_text(encoding="utf-8"))
+
+
+def export(checkpoint: Path, target: Path, card: str, provenance: Mapping[str, Any]) -> None:
+    """Turns a checkpoint into a plain Hugging Face directory, complete or not there at all.
+
+    Args:
+        checkpoint: a checkpoint's folder.
+        target: the directory to make; an older one is replaced.
+        card: text of its README.md.
+        provenance: where the model comes from: run, data, settings.
+    """
+    temporary = target.with_name(f"{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(checkpoint, temporary, ignore=shutil.ignore_patterns("optimizer*", STATE, ".*"))
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+    (temporary / PROVENANCE).write_text(json.dumps(dict(provenance), indent=2, default=str), encoding="utf-8")
+    replace_directory(temporary, target)
+
+
+def read_provenance(model: str | None) -> dict[str, Any]:
+    """The provenance of a model directory; empty where it has none."""
+    path = Path(model or "") / PROVENANCE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,66 @@
+"""DDP: a full copy of the model on each worker, gradients averaged while backward runs."""
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dllm_ray.models.lm import DiffusionLM
+from dllm_ray.models.load import load
+from dllm_ray.training.config import TrainConfig
+from dllm_ray.training.optimizer import build_optimizer
+
+_OPTIMIZER = "optimizer.pt"
+
+
+class DDP:
+    """Distributed data parallelism; without a process group, one plain worker.
+
+    Args:
+        lm: the model, on the device it trains on. Its weights are overwritten by worker 0's.
+        config: optimizer settings.
+    """
+
+    def __init__(self, lm: DiffusionLM, config: TrainConfig):
+        grouped = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if grouped else 0
+        self.world_size = dist.get_world_size() if grouped else 1
+        module: nn.Module = lm.module
+        if self.world_size > 1:
+            devices = [lm.device] if lm.device.type == "cuda" else None
+            module = nn.parallel.DistributedDataParallel(module, device_ids=devices)
+        self.lm = DiffusionLM(lm.model, lm.tokenizer, lm.spec, module=module)
+        self.optimizer = build_optimizer(lm.model.parameters(), config)
+
+    def micro_batch(self, last: bool) -> AbstractContextManager:
+        return nullcontext() if last or self.world_size == 1 else self.lm.module.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        (loss * self.world_size).backward()  # DDP averages over workers; the parts of the loss are to be added
+
+    def step(self, learning_rate: float, clip_norm: float) -> Tensor:
+        norm = nn.utils.clip_grad_norm_(self.lm.model.parameters(), clip_norm or float("inf"))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def sum(self, *values: Tensor) -> list[Tensor]:
+        total = torch.stack([value.detach().float() for value in values])
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return list(total.unbind())
+
+    def save(self, directory: Path) -> None:
+        """Worker 0 writes a Hugging Face directory and the optimizer's state; the others' copies are the same."""
+        if self.rank == 0:
+            self.lm.save(directory)
+            torch.save(self.optimizer.state_dict(), directory / _OPTIMIZER)
+
+    def load(self, directory: Path) -> None:
+        saved = load(directory, dtype=str(self.lm.model.dtype).removeprefix("torch."))
+        self.lm.model.load_state_dict(saved.model.state_dict())
+        self.optimizer.load_state_dict(torch.load(directory / _OPTIMIZER, map_location="cpu", weights_only=True))

@@ -1,0 +1,1 @@
+"""Pictures of training and denoising in the terminal."""

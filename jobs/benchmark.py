@@ -1,0 +1,268 @@
+"""Measures this package against its limits, in ratios from one run.
+
+    python jobs/benchmark.py train
+    python jobs/benchmark.py train --config my_sizes.yaml --data.path train.jsonl --json figures.json
+
+train: tokens per second of the training loop under Ray Train with one worker, of the same loop without Ray, and of a
+bare PyTorch loop that computes the logits of every position. The three take turns, so that a machine that slows down
+slows all of them. Sizes default to configs/benchmark/train.yaml.
+"""
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
+from dllm_ray.cli import run_job
+from dllm_ray.data.config import DataConfig
+from dllm_ray.errors import ConfigError
+from dllm_ray.models.config import ModelConfig
+from dllm_ray.objectives.config import ObjectiveConfig
+from dllm_ray.output import complete_file
+from dllm_ray.sampling.config import SamplerConfig
+from dllm_ray.training.config import TrainConfig
+
+OURS, ALONE, BARE = "under Ray Train", "the same loop alone", "bare loop, all logits"
+CHUNK = 5
+"""Steps of one reading; the median of many short readings is not moved by a passing disturbance."""
+
+DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "benchmark" / "train.yaml"
+
+
+@dataclass
+class TrainBenchmark:
+    """Settings of jobs/benchmark.py train."""
+
+    rounds: int = 3
+    """How often the three loops take turns; the median reading counts."""
+    steps: int = 100
+    """Measured steps of each turn."""
+    warmup_steps: int = 20
+    """Steps before them that are not measured."""
+    json: str | None = None
+    """File to write the figures to."""
+    seed: int = 0
+    """Seeds data, weights and noise."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The data."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """The objective."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Batch, lengths, precision, threads; there is one worker, and `steps` says how long."""
+
+    def __post_init__(self):
+        for name in ("rounds", "steps", "warmup_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"must be at least 1, got {getattr(self, name)}", name)
+        self.train = replace(
+            self.train,
+            workers=1,
+            max_steps=self.warmup_steps + self.steps,
+            log_every=CHUNK,
+            learning_rate=self.train.learning_rate or 1e-3,
+        )
+
+
+def benchmark_train(job: TrainBenchmark) -> None:
+    import torch
+
+    from dllm_ray import cluster
+    from dllm_ray.data import prepare
+    from dllm_ray.data.tokenize import texts
+    from dllm_ray.models import load, tokenizers
+    from dllm_ray.viz.terminal import table
+
+    corpus = prepare.resolve(job.data, job.data.path, job.train.max_length)
+    if job.model.path is None:
+        tokenizer = tokenizers.train_bpe(texts(corpus.shards, corpus.rules, 100_000), job.model.scratch.vocab_size)
+        spec = load.describe(job.model.scratch.architecture, tokenizer)
+    else:
+        load.check_path(job.model.path)
+        tokenizer = tokenizers.prepare(tokenizers.load_tokenizer(job.model.path))
+        spec = load.load_spec(job.model.path, tokenizer)
+    prepared = prepare.prepare(
+        replace(job.data, valid_rows=0), corpus, None, tokenizer, spec.stop_token_ids, spec.pad_token_id, job.seed
+    )
+    batches = _batches(job, prepared)
+    measured: dict[str, list[float]] = {OURS: [], ALONE: [], BARE: []}
+    with cluster.connect(1):
+        for turn in range(job.rounds):
+            measured[ALONE] += _in_fresh_process(_alone, job, tokenizer, batches)
+            measured[OURS] += _under_ray(job, tokenizer, prepared)
+            measured[BARE] += _in_fresh_process(_bare, job, tokenizer, batches)
+            print(f"round {turn + 1}/{job.rounds} done", file=sys.stderr)
+    speed = {name: statistics.median(values) for name, values in measured.items()}
+    ours = speed[OURS]
+    rows = [
+        {"loop": name, "tokens/s": round(value), "ours / this": round(ours / value, 3)} for name, value in speed.items()
+    ]
+    threads = job.train.threads_per_worker or os.cpu_count()
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{threads} CPU threads"
+    table(f"training on {where}, {job.train.precision}", rows)
+    if job.json:
+        figures = {
+            "tokens_per_s": speed,
+            "ratio_to_same_loop": ours / speed[ALONE],
+            "ratio_to_bare_loop": ours / speed[BARE],
+            "readings": measured,
+        }
+        with complete_file(Path(job.json)) as file:
+            json.dump(figures, file, indent=2)
+
+
+def _batches(job: TrainBenchmark, prepared) -> list:
+    """The run's batches, in memory: the loops without Ray don't wait for data at all."""
+    import torch
+
+    from dllm_ray.data.batches import pad
+    from dllm_ray.objectives.mdlm import Part
+    from dllm_ray.training.loop import Batch
+
+    size = job.train.batch_size
+    batches = []
+    for rows in prepared.global_batches(size, job.train.max_steps * size):
+        tensors = {name: torch.from_numpy(array) for name, array in pad(rows, prepared.padding).items()}
+        batches.append(Batch(tensors, Part(0, len(rows)), int(rows.lengths.sum())))
+    return batches
+
+
+def _in_fresh_process(loop: Callable, job: TrainBenchmark, tokenizer, batches: list) -> list[float]:
+    """Runs a loop where nothing else runs: no Ray, no other threads."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_with_threads, loop, job, tokenizer, batches).result()
+
+
+def _with_threads(loop: Callable, job: TrainBenchmark, tokenizer, batches: list) -> list[float]:
+    import torch
+
+    torch.set_num_threads(job.train.threads_per_worker or os.cpu_count())
+    return loop(job, tokenizer, batches)
+
+
+def _alone(job: TrainBenchmark, tokenizer, batches: list) -> list[float]:
+    from dllm_ray.models.load import open_model
+    from dllm_ray.training.loop import train_steps
+    from dllm_ray.training.strategies import wrap
+    from dllm_ray.training.trainer import build_objective
+
+    lm = open_model(job.model, tokenizer, job.seed, _device())
+    strategy = wrap(lm, job.train)
+    objective = build_objective(job.objective, strategy.lm)
+    clock = _Clock(job)
+    for result, batch in zip(
+        train_steps(strategy, objective, iter(batches), job.train, len(batches), job.seed), batches, strict=True
+    ):
+        clock.tick(result.step, batch.tokens)
+    return clock.readings
+
+
+def _bare(job: TrainBenchmark, tokenizer, batches: list) -> list[float]:
+    """What one would write by hand: all logits, plain cross-entropy over the masked ones."""
+    import torch
+    import torch.nn.functional as F
+
+    from dllm_ray.models.load import open_model
+    from dllm_ray.models.spec import IGNORE_INDEX
+    from dllm_ray.training.loop import autocast
+
+    lm = open_model(job.model, tokenizer, job.seed, _device())
+    model, device = lm.model.train(), lm.device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=job.train.learning_rate)
+    clock = _Clock(job)
+    for step, batch in enumerate(batches, start=1):
+        ids, labels = batch.tensors["input_ids"].to(device), batch.tensors["labels"].to(device)
+        attention_mask = batch.tensors.get("attention_mask")
+        t = torch.rand(len(ids), 1, device=device).clamp(min=job.objective.time_epsilon)
+        masked = (torch.rand(ids.shape, device=device) < t) & (labels != IGNORE_INDEX)
+        noised = torch.where(masked, lm.spec.mask_token_id, ids)
+        with autocast(device, job.train.precision):
+            logits = model(input_ids=noised, attention_mask=attention_mask).logits
+        nll = F.cross_entropy(logits.float().transpose(1, 2), ids, reduction="none")
+        loss = (nll * masked / t).sum() / (labels != IGNORE_INDEX).sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.tick(step, batch.tokens)
+    return clock.readings
+
+
+def _under_ray(job: TrainBenchmark, tokenizer, prepared) -> list[float]:
+    from dllm_ray import cluster
+    from dllm_ray.data.mixture import TrainStream
+    from dllm_ray.data.tokenize import TokenRows
+    from dllm_ray.training import trainer
+
+    shares = cluster.shares(1, job.train.cpus_per_worker, job.train.gpus_per_worker, "train.")
+    train = replace(job.train, checkpoint_every=job.train.max_steps)  # nothing but steps in between
+    task = trainer.TrainTask(
+        model=job.model,
+        tokenizer=tokenizer,
+        objective=job.objective,
+        train=train,
+        sampler=SamplerConfig(),
+        sample_rows=0,
+        seed=job.seed,
+        total_steps=train.max_steps,
+        epoch_rows=prepared.plan.rows,
+        valid=TokenRows.of([]),
+        padding=prepared.padding,
+        settings={},
+    )
+    stream = TrainStream(prepared, train.batch_size, train.max_steps * train.batch_size, shares.data_cpus)
+    readings: list[tuple[int, float]] = []
+
+    def on_events(events: list) -> None:
+        readings.extend(
+            (event["step"], event["values"]["train/tokens_per_s"]) for event in events if event["kind"] == "metrics"
+        )
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer.fit(task, stream, shares, folder, on_events)
+    return [speed for step, speed in readings if step > job.warmup_steps]
+
+
+class _Clock:
+    """Tokens per second of every few steps after the warm-up."""
+
+    def __init__(self, job: TrainBenchmark):
+        self._warmup = job.warmup_steps
+        self._tokens = 0
+        self._began = time.perf_counter()
+        self.readings: list[float] = []
+
+    def tick(self, step: int, tokens: int) -> None:
+        self._tokens += tokens
+        if step % CHUNK:
+            return
+        now = time.perf_counter()
+        if step > self._warmup:
+            self.readings.append(self._tokens / (now - self._began))
+        self._tokens, self._began = 0, now
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+if __name__ == "__main__":
+    kind, *arguments = sys.argv[1:] or ["--help"]
+    if kind not in ("train", "-h", "--help"):
+        print(f"error: benchmark {kind!r} is unknown; expected train", file=sys.stderr)
+        sys.exit(2)
+    if kind == "train" and not any(word.startswith(("--config", "-h", "--help")) for word in arguments):
+        arguments = ["--config", str(DEFAULTS), *arguments]
+    sys.exit(run_job(TrainBenchmark, benchmark_train, __doc__, arguments if kind == "train" else ["--help"]))
