@@ -7,7 +7,7 @@ training is what it sees when it answers. Text that looks like a control token s
 
 import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,12 +68,12 @@ def render(tokenizer, messages: Sequence[Message], add_generation_prompt: bool =
     Raises:
         DataError: the template raises, or rewrites earlier text when turns are added.
     """
-    safe = [{**message, "content": _shield(tokenizer, message["content"])} for message in messages]
+    safe = [_shield(tokenizer, message) for message in messages]
     whole = _apply(tokenizer, safe, add_generation_prompt)
     pieces: list[tuple[str, bool]] = []
     done = 0
     for index, message in enumerate(safe):
-        if message["role"] != "assistant":
+        if message.get("role") != "assistant":
             continue
         before = _apply(tokenizer, safe[:index], True)
         last = index + 1 == len(safe) and not add_generation_prompt
@@ -141,17 +141,30 @@ def _tokenize(tokenizer, texts: list[str], plain: list[bool]) -> list[list[int]]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     shielded = [index for index, is_plain in enumerate(plain) if is_plain]
     if shielded:
-        as_text = tokenizer([texts[index] for index in shielded], add_special_tokens=False, split_special_tokens=True)
-        for index, row in zip(shielded, as_text["input_ids"], strict=True):
+        for index, row in zip(shielded, _as_text(tokenizer, [texts[index] for index in shielded]), strict=True):
             ids[index] = row
     return ids
 
 
-def _shield(tokenizer, text: str) -> str:
+def _as_text(tokenizer, texts: list[str]) -> list[list[int]]:
+    rows = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    controls = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    for index, row in enumerate(rows):
+        if len(texts[index]) > 1 and not controls.isdisjoint(row):  # a Unigram vocabulary holds them as words too
+            rows[index] = [token for letter in _as_text(tokenizer, list(texts[index])) for token in letter]
+    return rows
+
+
+def _shield(tokenizer, value: Any) -> Any:
+    """`value` (a text, or a structure that holds texts) with stand-ins for the control tokens in its texts."""
+    if isinstance(value, Mapping):
+        return {key: _shield(tokenizer, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shield(tokenizer, item) for item in value]
+    if not isinstance(value, str):
+        return value
     controls, pattern = _controls(tokenizer)
-    if not pattern.search(text):
-        return text
-    return pattern.sub(lambda match: f"{_OPEN}{controls.index(match[0])}{_CLOSE}", text)
+    return pattern.sub(lambda match: f"{_OPEN}{controls.index(match[0])}{_CLOSE}", value)
 
 
 def _unshield(tokenizer, text: str) -> list[tuple[str, bool]]:

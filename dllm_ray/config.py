@@ -10,7 +10,8 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,6 +91,15 @@ def instantiate(cls: type[T], values: Any, prefix: str = "") -> T:
         raise ConfigError(error.message, prefix + error.field) from None
 
 
+@contextmanager
+def section(name: str) -> Iterator[None]:
+    """Puts a section's name in front of the field that a check inside the `with` block complains of."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(error.message, f"{name}.{error.field}") from None
+
+
 def to_dict(settings: Any) -> dict[str, Any]:
     """The settings as plain nested dictionaries, ready for YAML or JSON (tuples become lists)."""
 
@@ -153,8 +163,11 @@ def load_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of settings at the top, found a {type(tree).__name__}")
     includes = tree.pop("include", [])
+    includes = [includes] if isinstance(includes, str) else includes
+    if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
+        raise ConfigError(f"{path}: include: expected a file or a list of files, got {includes!r}")
     merged: dict[str, Any] = {}
-    for name in [includes] if isinstance(includes, str) else includes:
+    for name in includes:
         merged = merge(merged, load_yaml(path.parent / name, (*_seen, path.resolve())))
     return merge(merged, tree)
 
@@ -236,8 +249,14 @@ def _check_keys(tree: Mapping[str, Any], cls: type, where: str, prefix: str = ""
     keys = leaf_types(cls)
     hints = typing.get_type_hints(cls)
     for key, value in tree.items():
+        if key in keys and key not in hints:
+            nested = str(key).replace(".", ": {") + ": ..." + "}" * str(key).count(".")
+            raise ConfigError(f"{where}: {prefix}{key}: dots are for the command line, write `{nested}`")
         if key not in hints:
-            raise ConfigError(f"{where}: unknown key {prefix + str(key)!r}{_nearest(str(key), keys, prefix)}")
+            near = _nearest(str(key), [*hints, *keys], prefix)
+            raise ConfigError(f"{where}: unknown key {prefix + str(key)!r}{near}")
+        if value is None and key in keys and type(None) not in typing.get_args(hints[key]):
+            raise ConfigError(f"expected {_describe(hints[key])}, got null", prefix + str(key))
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{where}: {prefix}{key}: expected a section with keys, got {value!r}")
@@ -245,8 +264,7 @@ def _check_keys(tree: Mapping[str, Any], cls: type, where: str, prefix: str = ""
 
 
 def _inside_mapping(name: str, keys: Mapping[str, Any]) -> bool:
-    parents = [name[: match.start()] for match in re.finditer(r"\.", name)]
-    return any(typing.get_origin(keys.get(parent)) is dict for parent in parents)
+    return typing.get_origin(keys.get(name.rpartition(".")[0])) is dict
 
 
 def _nearest(name: str, keys: Iterable[str], prefix: str = "") -> str:
@@ -267,7 +285,7 @@ def _readable(error: Exception, keys: Mapping[str, Any]) -> str:
     """One line out of the parser's message: `section.field: expected int, got 'x'`."""
     text = " ".join(str(error).split())
     key = re.search(r'Parser key "([^"]+)"', text)
-    value = re.search(r"(?:Got value|Given value): (.*?)(?: Given value type:.*)?$", text)
+    value = re.search(r"(?:Got value|Given value): (.*?)(?: Given value type:.*| - Expected .*)?$", text)
     if key and value and key[1] in keys:
         return f"{key[1]}: expected {_describe(keys[key[1]])}, got {value[1]}"
     return text

@@ -22,6 +22,7 @@ from dllm_ray.errors import DllmRayError, OutputError
 _PACKAGES = ("dllm-ray", "torch", "transformers", "ray", "datasets", "lm-eval", "mlflow", "numpy", "tokenizers", "peft")
 _SQLITE = "sqlite:///"
 _PARAM_LIMIT = 6000  # characters that MLflow stores of a parameter
+_FAILURE = "dllm_ray.failure"  # tag: why a run broke off
 
 
 @dataclass
@@ -102,7 +103,7 @@ def start(
         OutputError: the tracking store can't be reached or written.
     """
     uri = tracking.uri or default_uri(output_dir)
-    client, experiment = _open(uri, tracking.experiment, output_dir)
+    client, experiment = _open(uri, tracking.experiment)
     name = tracking.run_name or f"{job} {output_dir.name}"
     run_tags = {
         "dllm_ray.job": job,
@@ -113,6 +114,8 @@ def start(
     }
     if resume is not None and _exists(client, resume):
         client.update_run(resume, status="RUNNING")
+        if _FAILURE in client.get_run(resume).data.tags:
+            client.delete_tag(resume, _FAILURE)
         run = Run(client, resume, uri)
         run.tag(run_tags)
     else:
@@ -122,7 +125,7 @@ def start(
         yield run
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
-        run.tag({"dllm_ray.failure": reason[:5000]})
+        run.tag({_FAILURE: reason[:5000]})
         client.set_terminated(run.run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     client.set_terminated(run.run_id, "FINISHED")
@@ -148,7 +151,7 @@ def ui_command(uri: str) -> str:
     return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
 
 
-def _open(uri: str, experiment: str, output_dir: Path):
+def _open(uri: str, experiment: str):
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -161,15 +164,15 @@ def _open(uri: str, experiment: str, output_dir: Path):
         if found is not None:
             return client, found.experiment_id
         artifacts = None
-        if uri.startswith("sqlite:"):
-            artifacts = (output_dir.resolve() / "mlartifacts").as_uri()
+        if uri.startswith(_SQLITE):  # beside the database, wherever the job was started
+            artifacts = (Path(uri.removeprefix(_SQLITE)).resolve().parent / "mlartifacts").as_uri()
         return client, client.create_experiment(experiment, artifact_location=artifacts)
     except (MlflowException, OSError) as error:
         raise OutputError(f"tracking.uri {uri} can't be used: {str(error).splitlines()[0]}") from error
     except DllmRayError:
         raise
     except Exception as error:  # database drivers raise their own types
-        raise OutputError(f"tracking.uri {uri} can't be used: {type(error).__name__}: {error}") from error
+        raise OutputError(f"tracking.uri {uri} can't be used: {str(error).splitlines()[0]}") from error
 
 
 def _exists(client, run_id: str) -> bool:

@@ -42,9 +42,9 @@ DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "benchmark" / "trai
 class TrainBenchmark:
     """Settings of jobs/benchmark.py train."""
 
-    rounds: int = 3
+    rounds: int = 4
     """How often the three loops take turns; the median reading counts."""
-    steps: int = 100
+    steps: int = 200
     """Measured steps of each turn."""
     warmup_steps: int = 20
     """Steps before them that are not measured."""
@@ -97,10 +97,15 @@ def benchmark_train(job: TrainBenchmark) -> None:
     batches = _batches(job, prepared)
     measured: dict[str, list[float]] = {OURS: [], ALONE: [], BARE: []}
     with cluster.connect(1):
+        loops = {
+            ALONE: lambda: _in_fresh_process(_alone, job, tokenizer, batches),
+            OURS: lambda: _under_ray(job, tokenizer, prepared),
+            BARE: lambda: _in_fresh_process(_bare, job, tokenizer, batches),
+        }
         for turn in range(job.rounds):
-            measured[ALONE] += _in_fresh_process(_alone, job, tokenizer, batches)
-            measured[OURS] += _under_ray(job, tokenizer, prepared)
-            measured[BARE] += _in_fresh_process(_bare, job, tokenizer, batches)
+            # there and back again, so that a machine that drifts favours none of them
+            for name in loops if turn % 2 == 0 else reversed(loops):
+                measured[name] += loops[name]()
             print(f"round {turn + 1}/{job.rounds} done", file=sys.stderr)
     speed = {name: statistics.median(values) for name, values in measured.items()}
     ours = speed[OURS]

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from dllm_ray.cli import run_job
-from dllm_ray.config import instantiate, to_dict
+from dllm_ray.config import instantiate, section, to_dict
 from dllm_ray.errors import ConfigError
 from dllm_ray.evaluation.config import EvaluateConfig
 from dllm_ray.models.config import ModelConfig
@@ -47,7 +47,9 @@ class EvaluateJob:
             raise ConfigError("name the model, e.g. --model.path outputs/digits/final", "model.path")
         if self.sampler.seed is None:
             self.sampler = replace(self.sampler, seed=self.seed)
-        self.samplers()
+        with section("sampler"):
+            for sampler in self.samplers().values():
+                sampler.blocks()
 
     def samplers(self) -> dict[str, SamplerConfig]:
         """Name -> settings: the main ones under an empty name, and each variant."""
@@ -78,6 +80,8 @@ def main(job: EvaluateJob) -> None:
     from dllm_ray.viz.terminal import table
     from dllm_ray.workers import ModelPool
 
+    for sampler in job.samplers().values():
+        _max_prompt(job, sampler)
     tokenizer = tokenizers.prepare(tokenizers.load_tokenizer(job.model.path))
     provenance = read_provenance(job.model.path)
     store = tracking.beside_training(job.tracking, provenance)
@@ -114,7 +118,6 @@ def _evaluate(job, sampler, name, pool, tokenizer):
     """lm-eval's results for one setting, and the sampler's figures."""
     from dllm_ray.evaluation.lm import DiffusionHarness
     from dllm_ray.evaluation.run import evaluate
-    from dllm_ray.models.load import context_length
     from dllm_ray.viz.terminal import Progress
 
     outputs = []
@@ -125,14 +128,11 @@ def _evaluate(job, sampler, name, pool, tokenizer):
         progress.close()
         return outputs[-1]
 
-    limit = context_length(job.model.path)
-    new = sampler.max_new_tokens or 0
-    if limit is not None and new >= limit:
-        raise ConfigError(f"{new} leaves no room for a prompt in the model's context of {limit}", "max_new_tokens")
-    harness = DiffusionHarness(answer, tokenizer, None if limit is None else limit - new, job.model.path)
+    max_prompt = _max_prompt(job, sampler)
+    harness = DiffusionHarness(answer, tokenizer, max_prompt, job.model.path)
     results = evaluate(harness, job.evaluate, job.seed)
     if harness.truncated:
-        print(f"note      {harness.truncated} prompts were longer than {limit - new} tokens and lost their beginning")
+        print(f"note      {harness.truncated} prompts were longer than {max_prompt} tokens and lost their beginning")
     seconds = sum(output.seconds for output in outputs)
     nfe = sum(sum(output.row_nfe) for output in outputs)
     tokens = sum(len(completion) for output in outputs for completion in output.completions)
@@ -145,6 +145,21 @@ def _evaluate(job, sampler, name, pool, tokenizer):
         "truncated_prompts": harness.truncated,
     }
     return results, figures
+
+
+def _max_prompt(job: EvaluateJob, sampler: SamplerConfig) -> int | None:
+    """Most tokens of a prompt that leave room for an answer; None where the model states no limit."""
+    from dllm_ray.models.load import context_length
+
+    limit = context_length(job.model.path)
+    if limit is None:
+        return None
+    new = sampler.max_new_tokens or 1
+    if new >= limit:
+        raise ConfigError(
+            f"{new} leaves no room for a prompt in the model's context of {limit}", "sampler.max_new_tokens"
+        )
+    return limit - new
 
 
 def _write(folder: Path, job, sampler, results, figures) -> list[Path]:

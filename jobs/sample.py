@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from dllm_ray.cli import run_job
-from dllm_ray.config import to_dict
+from dllm_ray.config import section, to_dict
 from dllm_ray.errors import ConfigError, DataError
 from dllm_ray.models.config import ModelConfig
 from dllm_ray.output import complete_file, writable_folder
@@ -55,6 +55,8 @@ class SampleJob:
             raise ConfigError("name the model, e.g. --model.path outputs/digits/final", "model.path")
         if (self.prompt is None) == (self.prompts is None):
             raise ConfigError("give one question with --prompt, or a file with --prompts", "prompt")
+        with section("sampler"):
+            self.sampler.blocks()
         for name in ("limit", "workers", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

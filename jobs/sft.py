@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from dllm_ray.cli import run_job
-from dllm_ray.config import to_dict
+from dllm_ray.config import section, to_dict
 from dllm_ray.data.config import DataConfig
 from dllm_ray.errors import ConfigError
 from dllm_ray.models.config import ModelConfig
@@ -63,6 +63,8 @@ class SFTJob:
         if self.model.adapter or self.model.quantization:
             name = "model.adapter" if self.model.adapter else "model.quantization"
             raise ConfigError("training updates all weights: it needs a model without adapter or quantization", name)
+        with section("sampler"):
+            self.sampler.blocks()
         if self.train.learning_rate is None:
             rate = 1e-3 if self.model.path is None else 2e-5
             self.train = replace(self.train, learning_rate=rate)
@@ -173,7 +175,7 @@ def _fit(job, folder, prepared, tokenizer, shares, run) -> None:
 def _tokenizer_and_spec(job, folder, corpus):
     """The model's tokenizer (trained on the data for a model from scratch) and spec; checks the context length."""
     from dllm_ray.data.tokenize import texts
-    from dllm_ray.models import load, tokenizers
+    from dllm_ray.models import load, scratch, tokenizers
     from dllm_ray.training.run_folder import TOKENIZER
 
     if job.model.path is not None:
@@ -192,6 +194,7 @@ def _tokenizer_and_spec(job, folder, corpus):
             texts(corpus.shards, corpus.rules, TOKENIZER_ROWS), job.model.scratch.vocab_size
         )
         tokenizer.save_pretrained(kept)
+    scratch.check(job.model.scratch, tokenizer)
     return tokenizer, load.describe(job.model.scratch.architecture, tokenizer)
 
 

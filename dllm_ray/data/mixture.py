@@ -25,6 +25,7 @@ import ray.train
 from dllm_ray.data.batches import deal, pad
 from dllm_ray.data.prepare import Prepared
 from dllm_ray.data.tokenize import TokenRows
+from dllm_ray.errors import DllmRayError
 
 _AHEAD = 4  # global batches kept ready, beside the batcher and again in each worker
 
@@ -76,17 +77,27 @@ def token_rows(stream: TrainStream, start: int) -> ray.data.Dataset:
 
 
 def map_shards(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-    """`[function(item) for item in items]`, by Ray Data tasks."""
+    """`[function(item) for item in items]`, by Ray Data tasks. Errors of `dllm_ray.errors` are raised as themselves."""
     _quiet()
     shared = ray.put(function)
 
     def call(row: dict[str, bytes]) -> dict[str, bytes]:
-        return {"result": pickle.dumps(ray.get(shared)(pickle.loads(row["item"])))}
+        try:
+            result = ray.get(shared)(pickle.loads(row["item"]))
+        except DllmRayError as error:
+            result = error  # Ray Data would log it and raise an error of its own in its place
+        return {"result": pickle.dumps(result)}
 
     rows = [{"number": number, "item": pickle.dumps(item)} for number, item in enumerate(items)]
     dataset = ray.data.from_items(rows, override_num_blocks=max(len(rows), 1))
     dataset.context.execution_options.preserve_order = True
-    return [pickle.loads(row["result"]) for row in dataset.map(call).take_all()]
+    results = []
+    for row in dataset.map(call).iter_rows():
+        result = pickle.loads(row["result"])
+        if isinstance(result, DllmRayError):
+            raise result
+        results.append(result)
+    return results
 
 
 class GlobalBatches(ray.train.DataConfig):

@@ -44,7 +44,7 @@ class Plan:
         """The windows that hold rows `start` to `stop` of the endless stream of passes."""
         epoch = start // self.rows
         position = epoch * self.rows
-        while position < stop:
+        while max(start, position) < stop:
             for window, size in self._epoch(epoch):
                 if position >= stop:
                     break

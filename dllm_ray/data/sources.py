@@ -277,7 +277,10 @@ def _read_parquet(shard: Shard) -> Iterator[tuple[int, dict[str, Any]]]:
     with _open(shard.name) as file:
         parquet = pq.ParquetFile(file)
         before = sum(parquet.metadata.row_group(group).num_rows for group in range(shard.start))
-        rows = parquet.read_row_groups(list(range(shard.start, shard.stop))).to_pylist()
+        try:
+            rows = parquet.read_row_groups(list(range(shard.start, shard.stop))).to_pylist()
+        except (OSError, ValueError) as error:
+            raise DataError(f"{shard.where(before)}: not readable as parquet: {str(error).strip()}") from error
     yield from enumerate(rows, start=before)
 
 

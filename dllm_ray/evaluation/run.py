@@ -55,12 +55,14 @@ def evaluate(model: DiffusionHarness, config: EvaluateConfig, seed: int) -> dict
     from lm_eval import simple_evaluate
 
     manager = _task_manager(config)
-    tasks = [
-        {"task": task, "dataset_kwargs": {"data_files": {"test": str(Path(config.data_files[task]).resolve())}}}
-        if task in config.data_files
-        else task
-        for task in config.tasks
-    ]
+    tasks: list[str | dict[str, Any]] = [task for task in config.tasks if task not in config.data_files]
+    if config.data_files:
+        # lm-eval lays changes over a task of its index only where the task is the member of a group
+        members = [
+            {"task": task, "dataset_kwargs": {"data_files": {"test": str(Path(file).resolve())}}}
+            for task, file in config.data_files.items()
+        ]
+        tasks.append({"group": "local_files", "task": members})
     try:
         return simple_evaluate(
             model=model,
@@ -94,15 +96,6 @@ def metrics(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
             if isinstance(values[f"{name},{filters}"], int | float)
         }
     return flat
-
-
-def stderr(results: Mapping[str, Any], task: str, metric: str) -> float | None:
-    """The standard error beside a metric of `metrics`, where lm-eval gives one."""
-    name, _, filters = metric.partition(".")
-    for key, value in results["results"][task].items():
-        if key.startswith(f"{name}_stderr,") and (not filters or key.endswith(f",{filters}")):
-            return value if isinstance(value, int | float) else None
-    return None
 
 
 def _task_manager(config: EvaluateConfig):

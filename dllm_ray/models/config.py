@@ -1,6 +1,7 @@
 """Settings that say which model a job uses: a directory or hub id, or a small one built from scratch."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from dllm_ray.errors import ConfigError
@@ -56,5 +57,11 @@ class ModelConfig:
     """The model to build when `path` is null."""
 
     def __post_init__(self):
+        self.path, self.adapter = (path and expand_home(path) for path in (self.path, self.adapter))
         if self.path is None and (self.adapter or self.quantization):
             raise ConfigError("an adapter or quantization needs a model to load: set model.path", "path")
+
+
+def expand_home(path: str) -> str:
+    """`path` with a leading ~ replaced; anything else, a hub id among them, as it is."""
+    return str(Path(path).expanduser()) if path.startswith("~") else path

@@ -32,7 +32,7 @@ class LogitsModule(nn.Module):
         self._trunk = [base.base_model]  # in a list: it is part of `model` and must not be registered twice
         self._is_decoder = is_decoder(base)
         config = base.config
-        self._position_offset = (config.pad_token_id or 0) + 1 if config.model_type in _OFFSET_POSITIONS else 0
+        self._position_offset = position_offset(config.model_type, config.pad_token_id)
 
     def forward(
         self,
@@ -142,7 +142,12 @@ def usable_positions(config) -> int | None:
     limit = getattr(config, "max_position_embeddings", None)
     if limit is None:
         return None
-    return limit - ((config.pad_token_id or 0) + 1 if config.model_type in _OFFSET_POSITIONS else 0)
+    return limit - position_offset(config.model_type, config.pad_token_id)
+
+
+def position_offset(model_type: str, pad_token_id: int | None) -> int:
+    """Position embeddings that a family leaves unused before the first token's."""
+    return (pad_token_id or 0) + 1 if model_type in _OFFSET_POSITIONS else 0
 
 
 def _without_adapter(model: nn.Module) -> nn.Module:

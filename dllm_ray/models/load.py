@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from dllm_ray.errors import ModelError
-from dllm_ray.models.config import ModelConfig
+from dllm_ray.models.config import ModelConfig, expand_home
 from dllm_ray.models.lm import DiffusionLM, is_decoder, usable_positions
 from dllm_ray.models.spec import CONFIG_KEY, DiffusionSpec
-from dllm_ray.models.tokenizers import end_of_turn_id, load_tokenizer, prepare
+from dllm_ray.models.tokenizers import end_of_turn_id, first_line, load_tokenizer, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -47,16 +47,19 @@ def load(
     Raises:
         ModelError: what is missing or doesn't fit, with what was found and expected.
     """
-    path = str(path)
+    path = expand_home(str(path))
     check_path(path)
     raw = _read_config(path)
-    tokenizer = prepare(load_tokenizer(path))
+    tokenizer = load_tokenizer(path)
+    known = _rows_needed(tokenizer)
+    tokenizer = prepare(tokenizer)
     model = _load_model(path, raw, dtype, device, quantization)
     spec = _spec(path, raw, tokenizer)
-    _fit_vocabulary(model, tokenizer)
+    _fit_vocabulary(model, tokenizer, known)
+    _check_ids(path, spec, model.get_input_embeddings().num_embeddings)
     setattr(model.config, CONFIG_KEY, spec.to_dict())
     if adapter is not None:
-        model = _add_adapter(model, str(adapter))
+        model = _add_adapter(model, expand_home(str(adapter)))
     model.eval()
     lm = DiffusionLM(model, tokenizer, spec)
     if is_decoder(model.get_base_model() if adapter is not None else model):
@@ -92,7 +95,7 @@ def check_path(path: str) -> None:
     Raises:
         ModelError: no such directory, or it lacks config.json, weights or a tokenizer.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if not folder.exists():
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
             raise ModelError(f"no such model directory: {path}")
@@ -111,16 +114,25 @@ def load_spec(path: str, tokenizer) -> DiffusionSpec:
     """The spec that `load` would give, without loading weights.
 
     Raises:
-        ModelError: no readable config.json, or a spec in it that can't be right.
+        ModelError: no readable config.json, an architecture that can't be loaded, or a spec that can't be right.
     """
-    return _spec(path, _read_config(path), tokenizer)
+    raw = _read_config(path)
+    _auto_class(path, raw)
+    return _spec(path, raw, tokenizer)
 
 
 def context_length(path: str) -> int | None:
-    """Longest sequence of a checkpoint, without loading weights; None when its config states no limit."""
+    """Longest sequence of a checkpoint, without loading weights; None when its config states no limit.
+
+    Raises:
+        ModelError: transformers can't read the config.
+    """
     from transformers import AutoConfig
 
-    return usable_positions(AutoConfig.from_pretrained(path))
+    try:
+        return usable_positions(AutoConfig.from_pretrained(path))
+    except Exception as error:  # a config of unknown type or with wrong fields raises many types
+        raise ModelError(f"{path}: config.json can't be used: {first_line(error)}") from error
 
 
 def check_bidirectional(lm: DiffusionLM) -> None:
@@ -153,11 +165,14 @@ def _read_config(path: str) -> dict:
     from transformers.utils import cached_file
 
     try:
-        return json.loads(Path(cached_file(path, "config.json")).read_text(encoding="utf-8"))
+        raw = json.loads(Path(cached_file(path, "config.json")).read_text(encoding="utf-8"))
     except (OSError, TypeError) as error:
-        raise ModelError(f"{path}: no config.json can be read or downloaded: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{path}: no config.json can be read or downloaded: {first_line(error)}") from error
     except ValueError as error:
         raise ModelError(f"{path}: config.json is not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path}: config.json holds a {type(raw).__name__}; expected a mapping")
+    return raw
 
 
 def _auto_class(path: str, raw: dict):
@@ -197,7 +212,7 @@ def _load_model(path: str, raw: dict, dtype: str, device: str, quantization: str
     except ModelError:
         raise
     except Exception as error:  # transformers and safetensors raise many types for a broken checkpoint
-        raise ModelError(f"{path}: the checkpoint can't be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise ModelError(f"{path}: the checkpoint can't be loaded: {first_line(error)}") from error
     _check_tensors(path, model, report)
     return model if quantization is not None else model.to(device)
 
@@ -239,23 +254,40 @@ def describe(family: str, tokenizer) -> DiffusionSpec:
     )
 
 
-def _fit_vocabulary(model, tokenizer) -> None:
-    """Gives every token of the tokenizer a row in the embeddings; new rows start as the mean of the old ones."""
-    embeddings = model.get_input_embeddings()
-    old, needed = embeddings.num_embeddings, max(tokenizer.get_vocab().values()) + 1
+def _rows_needed(tokenizer) -> int:
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _fit_vocabulary(model, tokenizer, known: int) -> None:
+    """Gives every token of the tokenizer a row in the embeddings; rows of new tokens start as the mean of the old.
+
+    Args:
+        model: its embeddings may have spare rows after the last known token.
+        tokenizer: with the tokens that were added to it.
+        known: rows of the tokens it had before.
+    """
+    rows, needed = model.get_input_embeddings().num_embeddings, _rows_needed(tokenizer)
+    old = min(known, rows)
     if needed <= old:
         return
-    model.resize_token_embeddings(needed, mean_resizing=False)
+    if needed > rows:
+        model.resize_token_embeddings(needed, mean_resizing=False)
     output = model.get_output_embeddings()
     tables = [model.get_input_embeddings().weight]
     if output is not None and output.weight is not tables[0]:
         tables.append(output.weight)
     with torch.no_grad():
         for weight in tables:
-            weight[old:] = weight[:old].float().mean(dim=0).to(weight.dtype)
+            weight[old:needed] = weight[:old].float().mean(dim=0).to(weight.dtype)
         bias = getattr(output, "bias", None)
         if bias is not None:
-            bias[old:] = bias[:old].mean()
+            bias[old:needed] = bias[:old].mean()
+
+
+def _check_ids(path: str, spec: DiffusionSpec, rows: int) -> None:
+    for name, value in spec.to_dict().items():
+        if name.endswith("_token_id") and value is not None and not 0 <= value < rows:
+            raise ModelError(f"{path}: {name} {value} is outside the vocabulary of {rows} tokens")
 
 
 def _quantization(kind: str, dtype: str):
@@ -277,4 +309,4 @@ def _add_adapter(model, adapter: str):
     try:
         return PeftModel.from_pretrained(model, adapter)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{adapter}: the adapter doesn't fit {type(model).__name__}: {error}") from error
+        raise ModelError(f"{adapter}: the adapter doesn't fit {type(model).__name__}: {first_line(error)}") from error

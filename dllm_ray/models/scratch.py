@@ -1,12 +1,16 @@
 """Builds a small model from scratch: any encoder or decoder architecture of transformers, with random weights."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from dllm_ray.errors import ModelError
 from dllm_ray.models.config import ScratchConfig
-from dllm_ray.models.lm import DiffusionLM, is_decoder
+from dllm_ray.models.lm import DiffusionLM, position_offset
 from dllm_ray.models.load import as_bidirectional, check_bidirectional, describe
 from dllm_ray.models.spec import CONFIG_KEY
+from dllm_ray.models.tokenizers import first_line
 
 
 def build(config: ScratchConfig, tokenizer, seed: int) -> DiffusionLM:
@@ -18,8 +22,42 @@ def build(config: ScratchConfig, tokenizer, seed: int) -> DiffusionLM:
         seed: seeds the weights; torch's global generator is left as it was.
 
     Raises:
-        ModelError: unknown architecture, or one whose attention can't be made bidirectional.
+        ModelError: unknown architecture, sizes that don't fit it, or attention that can't be made bidirectional.
     """
+    with torch.random.fork_rng(), _sizes_that_fit(config):
+        torch.manual_seed(seed)
+        model = _create(config, tokenizer)
+        spec = describe(config.architecture, tokenizer)
+        setattr(model.config, CONFIG_KEY, spec.to_dict())
+        lm = DiffusionLM(model.eval(), tokenizer, spec)
+        check_bidirectional(lm)
+    return lm
+
+
+def check(config: ScratchConfig, tokenizer) -> None:
+    """Makes sure that `build` will find its architecture and that the sizes fit it, without making any weights.
+
+    Raises:
+        ModelError: they don't.
+    """
+    with torch.device("meta"), _sizes_that_fit(config):
+        _create(config, tokenizer)
+
+
+@contextmanager
+def _sizes_that_fit(config: ScratchConfig) -> Iterator[None]:
+    """Every architecture has its own rules for sizes, checked at its own places: all of them become our error."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"model.scratch: these sizes and extra don't make a {config.architecture}: {first_line(error)}"
+        ) from error
+
+
+def _create(config: ScratchConfig, tokenizer):
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import (
@@ -29,7 +67,8 @@ def build(config: ScratchConfig, tokenizer, seed: int) -> DiffusionLM:
 
     kind = config.architecture
     masked = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if kind not in CONFIG_MAPPING_NAMES or not (masked or kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    fits = kind in CONFIG_MAPPING_NAMES and (masked or kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    if not fits or AutoConfig.for_model(kind).is_encoder_decoder:
         raise ModelError(
             f"architecture {kind!r} is not a masked or causal language model of transformers; "
             "try bert, modernbert, llama or qwen3"
@@ -40,7 +79,7 @@ def build(config: ScratchConfig, tokenizer, seed: int) -> DiffusionLM:
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
         "intermediate_size": config.intermediate_size or 4 * config.hidden_size,
-        "max_position_embeddings": config.max_position_embeddings,
+        "max_position_embeddings": config.max_position_embeddings + position_offset(kind, tokenizer.pad_token_id),
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.bos_token_id,
@@ -62,16 +101,6 @@ def build(config: ScratchConfig, tokenizer, seed: int) -> DiffusionLM:
     if unknown:
         raise ModelError(f"model.scratch.extra: {', '.join(unknown)} is not a field of the {kind} config")
     native = AutoConfig.for_model(kind, **(sizes | config.extra))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        if masked:
-            model = AutoModelForMaskedLM.from_config(native)
-        else:
-            model = AutoModelForCausalLM.from_config(as_bidirectional(native))
-    spec = describe(kind, tokenizer)
-    setattr(model.config, CONFIG_KEY, spec.to_dict())
-    model.eval()
-    lm = DiffusionLM(model, tokenizer, spec)
-    if is_decoder(model):
-        check_bidirectional(lm)
-    return lm
+    if masked:
+        return AutoModelForMaskedLM.from_config(native)
+    return AutoModelForCausalLM.from_config(as_bidirectional(native))

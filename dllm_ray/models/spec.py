@@ -47,8 +47,10 @@ class DiffusionSpec:
         """Reads a stored spec.
 
         Raises:
-            ModelError: an unknown or missing key, or a token id that is not a whole number.
+            ModelError: no mapping, an unknown or missing key, or a token id that is not a whole number.
         """
+        if not isinstance(values, dict):
+            raise ModelError(f"{where}: the {CONFIG_KEY!r} section is a {type(values).__name__}; expected a mapping")
         fields = {field.name: field for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - set(fields))
         missing = sorted(

@@ -17,6 +17,9 @@ ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>")
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('the role ' + message['role'] ~ ' is not system, user or assistant') }}"
+    "{% endif %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
@@ -37,7 +40,7 @@ def load_tokenizer(path: str):
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and others here
         raise ModelError(
             f"{path}: no tokenizer could be loaded from it (expected tokenizer.json or the files of a tokenizer "
-            f"that transformers knows, beside config.json): {_first_line(error)}"
+            f"that transformers knows, beside config.json): {first_line(error)}"
         ) from error
 
 
@@ -113,12 +116,13 @@ def end_of_turn_id(tokenizer) -> int | None:
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # a template is a program: it may refuse anything
-        logger.warning("the chat template can't render a question and an answer: %s", _first_line(error))
+        logger.warning("the chat template can't render a question and an answer: %s", first_line(error))
         return None
     after = text.rpartition(marker)[2]
     ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
     return ids[0] if ids and ids[0] in set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder) else None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an exception of a library says, short enough for a message of ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -27,3 +27,11 @@ class ObjectiveConfig:
     def __post_init__(self):
         if not 0 < self.time_epsilon < 1:
             raise ConfigError(f"must lie between 0 and 1, got {self.time_epsilon}", "time_epsilon")
+        choices = {
+            "schedule": ("linear", "cosine"),
+            "weight": ("schedule", "uniform"),
+            "norm": ("token", "sequence", "batch"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"expected one of {', '.join(known)}, got {getattr(self, name)!r}", name)

@@ -19,7 +19,7 @@ from dllm_ray.objectives.schedules import alpha_schedule, elbo_weight
 
 
 class Part(NamedTuple):
-    """Says that a batch is rows `start`, `start + 1`, ... of a global batch of `total` rows."""
+    """Says that a batch is rows `start`, `start + 1`, ... of a global batch of `total` rows; rows beyond are filler."""
 
     start: int
     total: int
@@ -113,14 +113,14 @@ class MDLM:
         input_ids, labels, attention_mask = batch["input_ids"], batch["labels"], batch.get("attention_mask")
         if self.shift_logits and not bool((labels[:, 0] == IGNORE_INDEX).all()):
             input_ids, labels, attention_mask = self._with_bos(input_ids, labels, attention_mask)
-        part = part or Part(0, input_ids.shape[0])
-        own = slice(part.start, part.start + input_ids.shape[0])
+        rows, width = input_ids.shape
+        part = part or Part(0, rows)
         device = input_ids.device
         if t is None:
-            t = self._draw_times(part.total, generator)[own].to(device)
+            t = _own(self._draw_times(part.total, generator), part, rows).to(device)
         maskable = labels != IGNORE_INDEX
         if masked is None:
-            u = _uniform((part.total, input_ids.shape[1]), generator)[own].to(device)
+            u = _own(_uniform((part.total, width), generator), part, rows).to(device)
             masked = u < (1 - self.schedule.alpha(t)).unsqueeze(1)
         masked = masked & maskable
         return NoisyBatch(
@@ -195,3 +195,9 @@ class MDLM:
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
     return torch.rand(shape, generator=generator, device=None if generator is None else generator.device)
+
+
+def _own(draws: Tensor, part: Part, rows: int) -> Tensor:
+    """The draws of one part out of those of a global batch; filler rows get 1."""
+    own = draws[part.start : part.start + rows]
+    return torch.cat([own, own.new_ones((rows - len(own), *own.shape[1:]))])

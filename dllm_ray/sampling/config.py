@@ -58,3 +58,28 @@ class SamplerConfig:
         for name, known in (("policy", ("low_confidence", "random")), ("schedule", ("linear", "cosine"))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"expected one of {', '.join(known)}, got {getattr(self, name)!r}", name)
+
+    def blocks(self, new_tokens: int | None = None) -> tuple[int, int]:
+        """Block size and most steps in a block, for answers of `new_tokens` tokens (null: of `max_new_tokens`).
+
+        Raises:
+            ConfigError: the steps are fewer than the blocks.
+        """
+        new_tokens = new_tokens or self.max_new_tokens or self.max_length
+        size = min(self.block_size or new_tokens, new_tokens)
+        return size, self.steps_in_block(-(-new_tokens // size))
+
+    def steps_in_block(self, blocks: int) -> int:
+        """Most steps in each of `blocks` blocks.
+
+        Raises:
+            ConfigError: the steps are fewer than the blocks.
+        """
+        if self.steps_per_block is not None:
+            return self.steps_per_block
+        if self.steps < blocks:
+            raise ConfigError(
+                f"{self.steps} steps are fewer than the {blocks} blocks of the answer: raise steps or block_size",
+                "steps",
+            )
+        return -(-self.steps // blocks)

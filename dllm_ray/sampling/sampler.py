@@ -109,8 +109,7 @@ class Sampler:
             new = config.max_length - longest
             if new < 1:
                 raise ConfigError(f"{config.max_length} leaves no room beside a prompt of {longest}", "max_length")
-        block = min(config.block_size or new, new)
-        steps = self._steps_per_block(blocks=-(-new // block))
+        block, steps = config.blocks(new)
         return [
             Row(
                 tokens=prompt + [self.lm.spec.mask_token_id] * new,
@@ -130,7 +129,7 @@ class Sampler:
         longest = max(map(len, rows), default=0)
         block = self.config.block_size or max(longest, 1)
         # Counted over the longest row, so that `steps` bounds the whole call; steps_per_block is each row's own.
-        steps = self._steps_per_block(blocks=max(-(-longest // block), 1))
+        steps = self.config.steps_in_block(max(-(-longest // block), 1))
         mask = self.lm.spec.mask_token_id
         return [
             Row(
@@ -176,17 +175,6 @@ class Sampler:
     def _until_stop(self, tokens: list[int]) -> list[int]:
         stops = set(self.lm.spec.stop_token_ids)
         return list(itertools.takewhile(lambda token: token not in stops, tokens))
-
-    def _steps_per_block(self, blocks: int) -> int:
-        config = self.config
-        if config.steps_per_block is not None:
-            return config.steps_per_block
-        if config.steps < blocks:
-            raise ConfigError(
-                f"{config.steps} steps are fewer than the {blocks} blocks of the answer: raise steps or block_size",
-                "steps",
-            )
-        return -(-config.steps // blocks)
 
     def _empty_prompt(self) -> list[int]:
         """Shifted logits need a left neighbour for the first token; otherwise an empty prompt stays empty."""

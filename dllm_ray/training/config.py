@@ -69,7 +69,7 @@ class TrainConfig:
                 raise ConfigError(f"must be above 0, got {value}", name)
         for name in ("gpus_per_worker", "weight_decay", "clip_norm", "max_failures"):
             value = getattr(self, name)
-            if value is not None and value < 0:
+            if value is not None and not value >= 0:
                 raise ConfigError(f"must not be negative, got {value}", name)
         if not 0 <= self.warmup <= 1:
             raise ConfigError(f"is a share of the steps, between 0 and 1; got {self.warmup}", "warmup")

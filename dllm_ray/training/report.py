@@ -102,6 +102,8 @@ class Watcher:
     def _on_samples(self, step: int, event: Mapping[str, Any]) -> None:
         self._run.json("samples.json", event["samples"])
         self.close()
+        if not event["samples"]:
+            print("sample    none: no validation prompt leaves room for sampler.max_new_tokens in the model's context")
         for sample in event["samples"][:_SHOWN_SAMPLES]:
             print(f"sample    {sample['prompt']!r} -> {sample['sampled']!r} (expected {sample['expected']!r})")
 

@@ -54,10 +54,10 @@ class RunFolder:
     def __init__(self, path: str | Path, settings: Mapping[str, Any], fresh: bool = False):
         self.path = writable_folder(path)
         self._lock = self._open()
-        self.state: dict[str, Any] = self._read()
-        if fresh:
+        if fresh and (self.path / _RUN).exists():
             self._clear()
-        elif self.state:
+        self.state: dict[str, Any] = self._read()
+        if self.state:
             self._require_same(settings)
         elif (self.path / FINAL).exists():
             raise OutputError(f"{self.path / FINAL} exists and is not from a run of this job: name another output_dir")
@@ -113,8 +113,7 @@ class RunFolder:
     def _clear(self) -> None:
         for name in (CHECKPOINTS, FINAL, TOKENIZER):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        (self.path / _RUN).unlink(missing_ok=True)
-        self.state = {}
+        (self.path / _RUN).unlink()
 
     def _require_same(self, settings: Mapping[str, Any]) -> None:
         before, now = flatten(self.state.get("settings", {})), flatten(json.loads(json.dumps(settings)))

@@ -4,6 +4,7 @@ Workers talk to the driver through a small actor, `_Mailbox`: metrics, validatio
 alone draws progress and writes to the tracking store, wherever the workers are.
 """
 
+import math
 import os
 import tempfile
 import threading
@@ -280,11 +281,11 @@ class _Worker:
         self._post("checkpoint", step)
 
     def _samples(self, step: int) -> None:
-        count = min(self.task.sample_rows, len(self.task.valid))
-        if self.strategy.rank or not count:
+        task = self.task
+        if self.strategy.rank or not task.sample_rows or not len(task.valid):
             return
         lm = DiffusionLM(self.strategy.lm.model.eval(), self.strategy.lm.tokenizer, self.strategy.lm.spec)
-        self._post("samples", step, samples=sample_texts(lm, self.task.valid, count, self.task.sampler))
+        self._post("samples", step, samples=sample_texts(lm, task.valid, task.sample_rows, task.sampler))
         ray.get(self._sent)  # a worker that ends takes messages under way with it
 
     def _post(self, kind: str, step: int, **values: Any) -> None:
@@ -298,15 +299,19 @@ def build_objective(config: ObjectiveConfig, lm: DiffusionLM) -> MDLM:
 
 
 def sample_texts(lm: DiffusionLM, rows: TokenRows, count: int, config: SamplerConfig) -> list[dict[str, str]]:
-    """Answers to the questions of token rows, beside the answers the rows hold."""
+    """Answers to the questions of token rows, beside the answers the rows hold.
+
+    The first `count` questions are taken that leave room for `config.max_new_tokens` in the model's context.
+    """
+    starts = rows.lengths.cumsum() - rows.lengths
+    room = (lm.max_length or math.inf) - (config.max_new_tokens or 1)
     prompts, answers = [], []
-    starts = [0, *rows.lengths.cumsum().tolist()]
-    for row in range(count):
-        ids = rows.ids[starts[row] : starts[row + 1]]
-        labels = rows.labels[starts[row] : starts[row + 1]]
+    for start, length in zip(starts.tolist(), rows.lengths.tolist(), strict=True):
+        ids, labels = rows.ids[start : start + length], rows.labels[start : start + length]
         begin = int((labels != IGNORE_INDEX).argmax())
-        prompts.append(ids[:begin].tolist())
-        answers.append(ids[begin:].tolist())
+        if begin <= room and len(prompts) < count:
+            prompts.append(ids[:begin].tolist())
+            answers.append(ids[begin:].tolist())
     output = Sampler(lm, config).sample(prompts)
     return [
         {

@@ -1,0 +1,90 @@
+"""Fixtures shared by all tests: small models made on the spot, and the reference numbers where they are at hand."""
+
+import os
+
+# Before transformers is imported: tests never reach out to the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from dllm_ray.models.config import ScratchConfig
+from dllm_ray.models.lm import DiffusionLM
+from dllm_ray.models.load import load
+from dllm_ray.models.scratch import build
+from dllm_ray.models.tokenizers import train_bpe
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("DLLM_RAY_SHARED", ROOT.parent / "shared"))
+"""Reference numbers (`golden/`) and real data sets (`data/`), beside the checkout."""
+
+TEXTS = ["reverse 123456", "sort 987", "the quick brown fox jumps over the lazy dog", "Hello! Ça va? 日本語 🙂"] * 8
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level BPE of some 300 tokens."""
+    return train_bpe(TEXTS, 300)
+
+
+@pytest.fixture(scope="session")
+def make_lm(tokenizer):
+    """Builds a model of a few thousand parameters: `make_lm("llama", seed=1, hidden_size=32)`."""
+
+    def make(architecture: str = "bert", seed: int = 0, **sizes) -> DiffusionLM:
+        defaults = {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 64,
+        }
+        return build(ScratchConfig(architecture=architecture, vocab_size=300, **(defaults | sizes)), tokenizer, seed)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of reference numbers."""
+    return _at_hand("golden")
+
+
+@pytest.fixture(scope="session")
+def golden_lm(golden, tmp_path_factory):
+    """Loads a reference checkpoint. An A2D model is a plain transformers decoder under another `model_type`."""
+
+    @cache
+    def open_checkpoint(name: str) -> DiffusionLM:
+        folder = tmp_path_factory.mktemp(name)
+        shutil.copytree(golden / name / "checkpoint", folder, dirs_exist_ok=True)
+        config = json.loads((folder / "config.json").read_text())
+        config["model_type"] = config["model_type"].removeprefix("a2d-")
+        (folder / "config.json").write_text(json.dumps(config))
+        return load(folder)
+
+    return open_checkpoint
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets."""
+    return _at_hand("data")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small matrices gain nothing from more, and Ray's processes share the cores."""
+    torch.set_num_threads(1)
+
+
+def _at_hand(name: str) -> Path:
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip(f"needs {folder}, which is not there")
+    return folder

@@ -1,0 +1,138 @@
+"""MLflow on SQLite: what a run records, and how it ends."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from dllm_ray import tracking
+from dllm_ray.errors import DataError, OutputError
+from dllm_ray.tracking import TrackingConfig
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    """One database for all tests here: creating one takes seconds."""
+    return tmp_path_factory.mktemp("tracking")
+
+
+def open_run(store, job="sft", settings=None, tags=None, **more):
+    return tracking.start(job, settings or {"seed": 0}, store, TrackingConfig(), tags or {}, **more)
+
+
+def read(run):
+    return MlflowClient(tracking_uri=run.uri).get_run(run.run_id)
+
+
+def artifact(run, name):
+    client = MlflowClient(tracking_uri=run.uri)
+    return Path(client.download_artifacts(run.run_id, name)).read_text(encoding="utf-8")
+
+
+def test_the_database_and_its_artifacts_lie_in_the_output_folder(store):
+    with open_run(store) as run:
+        run.text("note.txt", "hello")
+    assert run.uri == f"sqlite:///{store}/mlruns.db"
+    assert (store / "mlruns.db").is_file()
+    assert artifact(run, "note.txt") == "hello"
+    assert list((store / "mlartifacts").rglob("note.txt"))
+
+
+def test_settings_become_parameters_and_a_file_that_reads_back(store):
+    settings = {"seed": 3, "train": {"betas": [0.9, 0.99], "workers": None}, "data": {"columns": {}}}
+    with open_run(store, settings=settings) as run:
+        pass
+    params = read(run).data.params
+    assert params["seed"] == "3" and params["train.betas"] == "[0.9, 0.99]"
+    assert yaml.safe_load(artifact(run, "config.yaml")) == settings
+    facts = json.loads(artifact(run, "system.json"))
+    assert {"torch", "ray", "transformers"} <= set(facts["packages"])
+
+
+def test_long_values_are_cut_and_secrets_hidden(store):
+    settings = {"data": {"path": "x" * 20_000}, "serve": {"api_keys": ["sk-1"]}}
+    with open_run(store, settings=settings) as run:
+        pass
+    params = read(run).data.params
+    assert params["serve.api_keys"] == "(hidden)"
+    assert params["data.path"].startswith("xxx") and len(params["data.path"]) < 20_000
+    assert "sk-1" not in artifact(run, "config.yaml")
+
+
+def test_metrics_keep_their_steps(store):
+    with open_run(store) as run:
+        run.log_many([({"train/loss": 2.0}, 10), ({"train/loss": 1.0}, 20)])
+    history = MlflowClient(tracking_uri=run.uri).get_metric_history(run.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(10, 2.0), (20, 1.0)]
+    assert read(run).info.status == "FINISHED"
+
+
+def test_more_points_than_one_request_holds_are_all_recorded(store):
+    with open_run(store) as run:
+        run.log_many([({"a": step, "b": step}, step) for step in range(700)])
+    assert len(MlflowClient(tracking_uri=run.uri).get_metric_history(run.run_id, "b")) == 700
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(DataError("line 17 is broken"), "FAILED"), (KeyboardInterrupt(), "KILLED")]
+)
+def test_a_run_that_breaks_off_says_how_and_why(store, error, status):
+    with pytest.raises(type(error)), open_run(store) as run:
+        raise error
+    found = read(run)
+    assert found.info.status == status
+    assert found.data.tags["dllm_ray.failure"] == f"{type(error).__name__}: {error}"
+
+
+def test_a_resumed_run_goes_on_in_the_same_record(store):
+    with pytest.raises(DataError), open_run(store) as run:
+        raise DataError("gone")
+    with open_run(store, resume=run.run_id) as again:
+        assert read(again).info.status == "RUNNING"
+    assert again.run_id == run.run_id
+    assert read(again).info.status == "FINISHED"
+    assert "dllm_ray.failure" not in read(again).data.tags
+
+
+def test_a_child_names_its_parent_and_a_stranger_does_not(store):
+    with open_run(store) as training:
+        pass
+    with open_run(store, job="evaluate", parent=training.run_id) as child:
+        pass
+    with open_run(store, job="evaluate", parent="f" * 32) as orphan:
+        pass
+    assert read(child).data.tags["mlflow.parentRunId"] == training.run_id
+    assert "mlflow.parentRunId" not in read(orphan).data.tags
+
+
+def test_tags_say_what_the_run_is_about(store):
+    with open_run(store, tags={"dllm_ray.model": "m", "dllm_ray.family": None}) as run:
+        pass
+    tags = read(run).data.tags
+    assert (tags["dllm_ray.job"], tags["dllm_ray.model"]) == ("sft", "m")
+    assert "dllm_ray.family" not in tags
+
+
+def test_work_on_a_model_is_recorded_where_it_was_trained_if_that_is_still_there(store):
+    with open_run(store) as training:
+        pass
+    here = TrackingConfig()
+    assert tracking.beside_training(here, {"tracking_uri": training.uri}).uri == training.uri
+    assert tracking.beside_training(here, {"tracking_uri": "sqlite:////gone/mlruns.db"}).uri is None
+    assert tracking.beside_training(here, {"tracking_uri": "http://host:5000"}).uri == "http://host:5000"
+    assert tracking.beside_training(TrackingConfig(uri="http://mine"), {"tracking_uri": training.uri}).uri == (
+        "http://mine"
+    )
+
+
+def test_a_database_that_can_not_be_opened_is_named(tmp_path):
+    (tmp_path / "mlruns.db").write_text("not a database, although long enough to be mistaken for one" * 20)
+    with pytest.raises(OutputError, match=r"tracking\.uri .*mlruns\.db can't be used"), open_run(tmp_path):
+        pass
+
+
+def test_the_ui_is_named_by_command_or_address():
+    assert tracking.ui_command("sqlite:////a/mlruns.db") == "mlflow ui --backend-store-uri sqlite:////a/mlruns.db"
+    assert tracking.ui_command("http://host:5000") == "http://host:5000"
