@@ -38,6 +38,8 @@ def rows(split: str, start: int, stop: int, seed: int = 0) -> Iterator[dict[str,
 def is_correct(prompt: str, answer: str) -> bool:
     """Whether `answer` is right for a prompt of this task; surrounding blanks don't count."""
     task, _, number = prompt.partition(" ")
+    if task not in TASKS:
+        return False
     answer = answer.strip()
     if task == "shuffle":
         return answer != number and sorted(answer) == sorted(number)

@@ -143,8 +143,11 @@ def _file_shards(path: str) -> list[Shard]:
     with _open(path) as file:
         file.seek(0, io.SEEK_END)
         size = file.tell()
-    if size == 0:
-        raise DataError(f"{path}: the file is empty")
+        if size == 0:
+            raise DataError(f"{path}: the file is empty")
+        if kind == "json":
+            file.seek(0)
+            kind = "jsonl" if _holds_lines(file.read(1 << 20)) else kind
     if kind == "jsonl":
         edges = [*range(0, size, SHARD_BYTES), size]
         return [Shard(kind, path, start, stop, size=stop - start) for start, stop in pairwise(edges)]
@@ -158,6 +161,15 @@ def _file_shards(path: str) -> list[Shard]:
                 raise DataError(f"{path}: not a parquet file: {error}") from error
         return [Shard(kind, path, group, group + 1, size=size // max(groups, 1)) for group in range(groups)]
     return [Shard(kind, path, size=size)]
+
+
+def _holds_lines(beginning: bytes) -> bool:
+    """Whether what is named .json holds a JSON object on each line."""
+    first, _, rest = beginning.lstrip().partition(b"\n")
+    try:
+        return isinstance(json.loads(first), dict) and bool(rest.strip())
+    except ValueError:
+        return False
 
 
 def _resolve_builtin(source: str) -> list[Shard]:

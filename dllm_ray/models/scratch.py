@@ -86,6 +86,9 @@ def _create(config: ScratchConfig, tokenizer):
     }
     # These depend on the sizes above, but many architectures default them to those of their published model.
     known = AutoConfig.for_model(kind).to_dict()
+    for name in ("cls_token_id", "sep_token_id"):
+        if name in known:
+            sizes[name] = getattr(tokenizer, name)
     if "num_key_value_heads" in known:
         sizes["num_key_value_heads"] = config.num_attention_heads
     if "head_dim" in known:

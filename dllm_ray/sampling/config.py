@@ -55,6 +55,8 @@ class SamplerConfig:
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ConfigError(f"must be a number that is not negative, got {value}", name)
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ConfigError(f"must lie between 0 and 2^63 - 1, got {self.seed}", "seed")
         for name, known in (("policy", ("low_confidence", "random")), ("schedule", ("linear", "cosine"))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"expected one of {', '.join(known)}, got {getattr(self, name)!r}", name)

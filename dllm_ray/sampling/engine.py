@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dllm_ray.errors import ConfigError
+from dllm_ray.errors import ConfigError, ModelError
 from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.sampling.config import SamplerConfig
 from dllm_ray.sampling.noise import ORDER, TOKEN, uniform
@@ -117,10 +117,10 @@ class Engine:
         self._finished: list[Finished] = []
 
     def admit(self, row: Row) -> None:
-        """Queues a row; it joins the batch at the next step that has room.
+        """Queues a row; it joins the batch at the next step that has room. A row with nothing to write is finished.
 
         Raises:
-            ConfigError: the row is longer than the model's context.
+            ConfigError: the row is longer than the model's context, or names a token that the model doesn't have.
         """
         limit = self.lm.max_length
         if limit is not None and len(row.tokens) > limit:
@@ -128,7 +128,16 @@ class Engine:
                 f"a canvas of {len(row.tokens)} tokens (prompt and answer) doesn't fit the model's context of {limit}: "
                 "shorten the prompt or lower max_new_tokens"
             )
-        self._waiting.append(row)
+        vocabulary = self.lm.model.get_input_embeddings().num_embeddings
+        config = row.config
+        for token in (*row.tokens, *config.suppress_tokens, *config.begin_suppress_tokens):
+            if not 0 <= token < vocabulary:
+                raise ConfigError(f"token {token} is outside the model's vocabulary of {vocabulary}")
+        if any(row.open):
+            self._waiting.append(row)
+        else:
+            history = torch.tensor([row.tokens]) if self.trace else None
+            self._finished.append(Finished(row.key, row.tokens, nfe=0, history=history))
 
     @property
     def busy(self) -> bool:
@@ -146,6 +155,9 @@ class Engine:
 
         Returns:
             What was written on each row, when the engine was made with `events`; else an empty list.
+
+        Raises:
+            ModelError: the model gives NaN.
         """
         self._join()
         if not self._active:
@@ -159,7 +171,6 @@ class Engine:
 
         logits_NV = self._logits(column_T, positions_N, row_N)
         tokens_N, confidence_N = self._propose(logits_NV, row_N, column_N)
-
         confidence_RT = torch.full_like(candidate_RT, -torch.inf, dtype=torch.float32)
         confidence_RT.view(-1)[positions_N] = confidence_N
         quota_R = state["quota"].gather(1, state["block_step"].unsqueeze(1)).squeeze(1)
@@ -320,6 +331,8 @@ class Engine:
         for config, members in groups:
             self._edit(logits_NV, config.begin_suppress_tokens, None if single else members)
         confidence_N = probability(logits_NV, tokens_N)
+        if bool(confidence_N.isnan().any()):
+            raise ModelError("the model's logits are not numbers (NaN): its weights or their dtype are broken")
         if any(config.policy == "random" for config, _ in groups):
             order_N = uniform(seed_N, step_N, column_N, ORDER)
             for config, members in groups:

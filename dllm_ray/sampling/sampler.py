@@ -12,7 +12,7 @@ from torch import Tensor
 from dllm_ray.errors import ConfigError
 from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.sampling.config import SamplerConfig
-from dllm_ray.sampling.engine import Commit, Engine, Finished, Row
+from dllm_ray.sampling.engine import Commit, Engine, Row
 from dllm_ray.sampling.noise import mix
 
 
@@ -149,16 +149,11 @@ class Sampler:
     def _run(self, rows: list[Row], trace: bool, trim: Callable[[list[int]], list[int]]) -> SampleOutput:
         began = time.perf_counter()
         engine = Engine(self.lm, self.max_rows, self.config.shift_logits, trace=trace)
-        finished: dict[int, Finished] = {}
         for row in rows:
-            if any(row.open):
-                engine.admit(row)
-            else:
-                history = torch.tensor([row.tokens]) if trace else None
-                finished[row.key] = Finished(row.key, row.tokens, nfe=0, history=history)
+            engine.admit(row)
         while engine.busy:
             engine.step()
-            finished |= {item.row: item for item in engine.take_finished()}
+        finished = {item.row: item for item in engine.take_finished()}
         done = [finished[row.key] for row in rows]
         return SampleOutput(
             sequences=[item.tokens for item in done],

@@ -6,6 +6,7 @@ alone draws progress and writes to the tracking store, wherever the workers are.
 
 import math
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -146,9 +147,16 @@ def _reason(error: BaseException) -> str:
     failures = getattr(error, "worker_failures", None)
     if failures:
         rank, failure = next(iter(failures.items()))
-        last = str(failure).strip().splitlines()[-1]
-        return f"worker {rank} failed, and no restart was left: {last}"
+        return f"worker {rank} failed, and no restart was left: {_cause(str(failure))}"
     return f"{type(error).__name__}: {error}"
+
+
+def _cause(traceback: str) -> str:
+    """The line that says most in a chain of tracebacks: the last error of ours, or the last of anybody's."""
+    lines = traceback.strip().splitlines()
+    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit)\b", line)]
+    ours = [line.partition(": ")[2] for line in named if line.startswith(DllmRayError.__module__)]
+    return (ours or named or lines)[-1]
 
 
 class _Mailbox:

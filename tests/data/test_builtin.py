@@ -52,6 +52,11 @@ def test_four_tasks_have_exactly_one_right_answer(prompt, answer):
         assert not is_correct(prompt, wrong), wrong
 
 
+@pytest.mark.parametrize("prompt", ["", "hello", "multiply 77", "shuffle"])
+def test_no_answer_is_right_to_a_question_of_another_kind(prompt):
+    assert not is_correct(prompt, "77")
+
+
 @given(st.text("0123456789", min_size=2, max_size=6).filter(lambda number: len(set(number)) > 1), st.randoms())
 def test_any_other_order_is_a_right_shuffle_and_the_same_order_is_wrong(number, random):
     order = "".join(random.sample(number, len(number)))

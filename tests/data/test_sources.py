@@ -46,6 +46,7 @@ WRITERS = {
     "odd [1]?.jsonl": lambda path: path.write_text("\n".join(LINES), encoding="utf-8"),
     "list.json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
     "object.json": lambda path: path.write_text(json.dumps({"version": 1, "tags": ["a"], "data": ROWS})),
+    "lines.json": lambda path: path.write_text("\n".join(LINES), encoding="utf-8"),
     "rows.csv": write_csv,
     "bom.csv": lambda path: write_csv(path, "utf-8-sig"),
     "groups.parquet": write_parquet,

@@ -44,6 +44,7 @@ def fails(monkeypatch, capsys, tmp_path):
         words = (TINY if name == "sft" else {}) | {"output_dir": str(tmp_path / "out")} | words
         job, main = JOBS[name]
         argv = [word for key, value in words.items() if value is not None for word in (f"--{key}", str(value))]
+        capsys.readouterr()  # what making the input printed
         status = run_job(job, main, "", argv)
         out, err = capsys.readouterr()
         assert status == 2

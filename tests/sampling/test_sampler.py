@@ -305,6 +305,14 @@ def test_infilling_writes_every_mask_whatever_comes_before_it(sharp_lm):
     assert out.history[2].tolist() == [[50, 51]]
 
 
+def test_infilling_goes_on_behind_an_end_of_text_that_it_wrote(sharp_lm):
+    rows = [[40, *[sharp_lm().spec.mask_token_id] * 3, 41, *[sharp_lm().spec.mask_token_id] * 6]]
+    config = SamplerConfig(steps=12, block_size=4)
+    plain = Sampler(sharp_lm(), config).infill(rows)
+    ended = Sampler(ending(sharp_lm(), token=plain.sequences[0][1]), config).infill(rows)
+    assert (ended.sequences, ended.completions) == (plain.sequences, plain.completions)
+
+
 # --- streaming and figures
 
 
@@ -404,8 +412,9 @@ def test_fewer_steps_than_blocks_are_refused(sharp_lm):
         Sampler(sharp_lm(), config).sample(PROMPTS)
     with pytest.raises(ConfigError, match="steps: 3 steps are fewer than the 4 blocks"):
         Sampler(sharp_lm(), config).infill([[sharp_lm().spec.mask_token_id] * 12])
-    enough = dataclasses.replace(config, steps_per_block=1)
-    assert Sampler(sharp_lm(), enough).sample(PROMPTS).nfe == 4
+    for enough in ({"steps": 4}, {"steps_per_block": 1}):
+        config = dataclasses.replace(config, eos_early_stop=False, **enough)
+        assert Sampler(sharp_lm(), config).sample(PROMPTS).nfe == 4
 
 
 def test_a_seed_for_each_row_or_none(sharp_lm):

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from dllm_ray.errors import ConfigError
+from dllm_ray.errors import ConfigError, ModelError
 from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.sampling import Engine, SamplerConfig
 from dllm_ray.sampling.engine import Row
@@ -134,6 +134,35 @@ def test_a_row_beyond_the_context_is_refused_at_the_door(sharp_lm):
     with pytest.raises(ConfigError, match="shorten the prompt"):
         engine.admit(long)
     assert not engine.busy
+
+
+@pytest.mark.parametrize("config", [SamplerConfig(), SamplerConfig(suppress_tokens=(10_000,))])
+def test_a_token_the_model_does_not_have_is_refused_at_the_door(sharp_lm, config):
+    lm = sharp_lm()
+    row = dataclasses.replace(a_row(lm, 1), config=config)
+    if not config.suppress_tokens:
+        row.tokens[0] = 10_000
+    with pytest.raises(ConfigError, match="token 10000 is outside the model's vocabulary"):
+        Engine(lm).admit(row)
+
+
+def test_a_row_with_nothing_to_write_is_finished(sharp_lm):
+    engine = Engine(sharp_lm(), trace=True)
+    row = a_row(engine.lm, 1)
+    engine.admit(dataclasses.replace(row, open=[False] * len(row.open)))
+    assert not engine.busy
+    (done,) = engine.take_finished()
+    assert (done.tokens, done.nfe, done.history.tolist()) == (row.tokens, 0, [row.tokens])
+
+
+@pytest.mark.parametrize("key", [0, 1])
+def test_a_model_that_gives_nan_is_an_error(make_lm, key):
+    lm = make_lm()
+    lm.model.get_input_embeddings().weight.data[lm.spec.mask_token_id] = float("nan")
+    engine = Engine(lm)
+    engine.admit(a_row(lm, key))
+    with pytest.raises(ModelError, match="NaN"):
+        engine.step()
 
 
 def test_a_trace_holds_the_canvas_before_and_after_every_step(sharp_lm):

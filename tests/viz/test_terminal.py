@@ -59,7 +59,7 @@ def test_the_last_unit_is_always_shown(clock, capsys):
 def test_live_progress_is_one_line_drawn_over(clock, monkeypatch, capsys):
     on_a_terminal(monkeypatch)
     progress = Progress("training", total=20, unit="step")
-    progress.update(1, loss="0.1234567")
+    progress.update(1, loss="0.123456789012345678901234567")
     clock.now += 3
     progress.update(2, loss="0.1")
     assert screen(capsys.readouterr().out) == ["training: step 2/20  loss 0.1  54s left"]
