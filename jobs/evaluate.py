@@ -196,7 +196,7 @@ def _table_rows(name, results, figures) -> list[dict]:
         {
             "setting": name,
             "task": task,
-            "docs": results["n-samples"][task]["effective"],
+            "docs": results["n-samples"].get(task, {}).get("effective", ""),  # a group has none of its own
             **values,
             "tok/forward": figures["tpf"],
             "tok/s": round(figures["tokens_per_s"]),

@@ -49,7 +49,7 @@ class TrainConfig:
     validate_every: int | None = None
     """Steps between validations, beside one before the first step and one at the end; null: ten over the run."""
     checkpoint_every: int | None = None
-    """Steps between checkpoints, beside one at the end; null: five over the run."""
+    """Steps between checkpoints, beside one at the end; null: at every second validation."""
     keep_checkpoints: int = 2
     """Checkpoints kept: the best by validation nll, and always the latest."""
     max_failures: int = 3

@@ -215,7 +215,7 @@ class _Worker:
         shard: WorkerBatches = ray.train.get_dataset_shard("train")
         meter = Meter(self._batches(shard, step))
         validate_every = train.validate_every or max(task.total_steps // 10, 1)
-        checkpoint_every = train.checkpoint_every or max(task.total_steps // 5, 1)
+        checkpoint_every = train.checkpoint_every or 2 * validate_every
         for result in train_steps(
             self.strategy, self.objective, meter, train, task.total_steps, task.seed, start_step=step
         ):

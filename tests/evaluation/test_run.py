@@ -26,7 +26,9 @@ def ask(tokenizer, solve, config):
         texts = [solve(question) for question in questions]
         return Answers([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts], [1] * len(texts))
 
-    return metrics(evaluate(DiffusionHarness(answer, tokenizer, None, "test"), config, seed=0))
+    results = evaluate(DiffusionHarness(answer, tokenizer, None, "test"), config, seed=0)
+    assert set(results["results"]) == set(results["n-samples"]) == set(config.tasks)
+    return metrics(results)
 
 
 def solve_digits(question: str) -> str:
