@@ -33,7 +33,8 @@ def run_job(job: type[T], main: Callable[[T], None], description: str, argv: lis
     try:
         main(parse(job, sys.argv[1:] if argv is None else argv, f"python jobs/{Path(sys.argv[0]).name}", description))
     except DllmRayError as error:
-        print(f"error: {error}", file=sys.stderr)
+        message = f"error: {error}".encode(errors="backslashreplace").decode()  # it may quote broken Unicode
+        print(message, file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

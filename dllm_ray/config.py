@@ -21,6 +21,8 @@ from dllm_ray.errors import ConfigError
 
 T = TypeVar("T")
 
+_CREDENTIALS = re.compile(r"(\w://)[^/@\s]+@")  # user:password@ of a URL
+
 
 def parse(job: type[T], argv: list[str], prog: str, description: str) -> T:
     """Reads the settings of one job.
@@ -54,11 +56,33 @@ def parse(job: type[T], argv: list[str], prog: str, description: str) -> T:
         raise
     except Exception as error:  # jsonargparse raises several unrelated types for a value that doesn't fit
         raise ConfigError(_readable(error, keys)) from None
+    for key, text in _texts(tree, overrides, keys).items():
+        namespace[key] = text
     settings = instantiate(job, namespace)
     if print_config:
         print(to_yaml(settings), end="")
         raise SystemExit(0)
     return settings
+
+
+def read(cls: type[T], tree: Mapping[str, Any], where: str) -> T:
+    """Builds one dataclass from plain values, with the checks that `parse` makes.
+
+    Args:
+        cls: the dataclass.
+        tree: field -> value; missing fields get their defaults.
+        where: the origin of the values, for messages.
+
+    Raises:
+        ConfigError: unknown key, wrong type, impossible combination.
+    """
+    try:
+        _check_keys(tree, cls, where)
+        return instantiate(cls, _build_parser(cls, "", "").parse_object(dict(tree)))
+    except ConfigError as error:
+        raise error if str(error).startswith(where) else ConfigError(f"{where}: {error}") from None
+    except Exception as error:  # as in `parse`
+        raise ConfigError(f"{where}: {_readable(error, leaf_types(cls))}") from None
 
 
 def instantiate(cls: type[T], values: Any, prefix: str = "") -> T:
@@ -172,6 +196,36 @@ def load_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merge(merged, tree)
 
 
+def without_secrets(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings fit to be recorded and passed on: keys and passwords are left out, in fields and in URLs."""
+
+    def clean(key: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: clean(str(name), item) for name, item in value.items()}
+        if any(word in key for word in ("api_key", "password", "secret", "token_file")) and value:
+            return "(hidden)"
+        if isinstance(value, list | tuple):
+            return [clean(key, item) for item in value]
+        return without_credentials(value) if isinstance(value, str) else value
+
+    return {key: clean(str(key), value) for key, value in tree.items()}
+
+
+def without_credentials(text: str) -> str:
+    """The text with `user:password@` taken out of its URLs."""
+    return _CREDENTIALS.sub(r"\1", text)
+
+
+def check_seed(seed: int) -> None:
+    """Makes sure that every library takes a seed.
+
+    Raises:
+        ConfigError: it is negative, or has more than 32 bits.
+    """
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"must lie between 0 and 2^32 - 1, got {seed}", "seed")
+
+
 def leaf_types(cls: type, prefix: str = "") -> dict[str, Any]:
     """Dotted name -> annotated type of every field that isn't itself a section."""
     leaves: dict[str, Any] = {}
@@ -181,6 +235,15 @@ def leaf_types(cls: type, prefix: str = "") -> dict[str, Any]:
         else:
             leaves[prefix + name] = hint
     return leaves
+
+
+def _texts(tree: Mapping[str, Any], overrides: list[str], keys: Mapping[str, Any]) -> dict[str, str]:
+    """Values of fields that are text or null, as they were given: the parser would read `# title` or `~` as null."""
+    given = flatten(tree)
+    for word in overrides:
+        name, _, value = word[2:].partition("=")
+        given[name] = None if value == "null" else value
+    return {name: value for name, value in given.items() if keys.get(name) == (str | None) and isinstance(value, str)}
 
 
 def _build_parser(job: type, prog: str, description: str):

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from dllm_ray.config import flatten, to_yaml
+from dllm_ray.config import flatten, to_yaml, without_credentials, without_secrets
 from dllm_ray.errors import DllmRayError, OutputError
 
 _PACKAGES = ("dllm-ray", "torch", "transformers", "ray", "datasets", "lm-eval", "mlflow", "numpy", "tokenizers", "peft")
@@ -124,7 +124,7 @@ def start(
     try:
         yield run
     except BaseException as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = without_credentials(f"{type(error).__name__}: {error}")
         run.tag({_FAILURE: reason[:5000]})
         client.set_terminated(run.run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
@@ -148,6 +148,7 @@ def beside_training(tracking: TrackingConfig, provenance: Mapping[str, Any]) -> 
 
 def ui_command(uri: str) -> str:
     """The command that opens the MLflow UI over a tracking store, or the address of a server."""
+    uri = without_credentials(uri)
     return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
 
 
@@ -158,6 +159,10 @@ def _open(uri: str, experiment: str):
     for name in ("mlflow", "alembic"):  # they narrate the creation of a database
         logging.getLogger(name).setLevel(logging.ERROR)
 
+    # A server that can't be reached is known at once; by itself the client would go on trying for minutes.
+    patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+    before = {name: os.environ.get(name) for name in patience}
+    os.environ |= {name: value for name, value in patience.items() if before[name] is None}
     try:
         client = MlflowClient(tracking_uri=uri)
         found = client.get_experiment_by_name(experiment)
@@ -168,11 +173,19 @@ def _open(uri: str, experiment: str):
             artifacts = (Path(uri.removeprefix(_SQLITE)).resolve().parent / "mlartifacts").as_uri()
         return client, client.create_experiment(experiment, artifact_location=artifacts)
     except (MlflowException, OSError) as error:
-        raise OutputError(f"tracking.uri {uri} can't be used: {str(error).splitlines()[0]}") from error
+        raise _unusable(uri, error) from error
     except DllmRayError:
         raise
     except Exception as error:  # database drivers raise their own types
-        raise OutputError(f"tracking.uri {uri} can't be used: {str(error).splitlines()[0]}") from error
+        raise _unusable(uri, error) from error
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+
+
+def _unusable(uri: str, error: Exception) -> OutputError:
+    return OutputError(without_credentials(f"tracking.uri {uri} can't be used: {str(error).splitlines()[0]}"))
 
 
 def _exists(client, run_id: str) -> bool:
@@ -188,23 +201,11 @@ def _exists(client, run_id: str) -> bool:
 def _record(run: Run, client, settings: Mapping[str, Any]) -> None:
     from mlflow.entities import Param
 
-    params = [Param(key, str(value)[:_PARAM_LIMIT]) for key, value in flatten(_without_secrets(settings)).items()]
+    settings = without_secrets(settings)
+    params = [Param(key, str(value)[:_PARAM_LIMIT]) for key, value in flatten(settings).items()]
     client.log_batch(run.run_id, params=params)
-    run.text("config.yaml", to_yaml(_without_secrets(settings)))
+    run.text("config.yaml", to_yaml(settings))
     run.json("system.json", system_facts())
-
-
-def _without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings fit for recording: values of fields that hold keys or passwords are left out."""
-    clean: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            clean[key] = _without_secrets(value)
-        elif any(word in key for word in ("api_key", "password", "secret", "token_file")) and value:
-            clean[key] = "(hidden)"
-        else:
-            clean[key] = value
-    return clean
 
 
 def system_facts() -> dict[str, Any]:

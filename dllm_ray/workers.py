@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 
 import ray
 import torch
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from dllm_ray.cluster import Shares
-from dllm_ray.errors import ConfigError, ResourceError
+from dllm_ray.errors import ConfigError, DllmRayError, ResourceError
 from dllm_ray.models.config import ModelConfig
 from dllm_ray.models.load import open_model
 from dllm_ray.sampling.config import SamplerConfig
@@ -44,7 +44,8 @@ class ModelPool:
         Raises:
             ModelError: it can't be loaded.
         """
-        ray.get([worker.ready.remote() for worker in self._workers])
+        for call in [worker.ready.remote() for worker in self._workers]:
+            _result(call)
 
     def sample(
         self,
@@ -87,7 +88,7 @@ class ModelPool:
             (call,), _ = ray.wait(list(under_way))
             worker, rows = under_way.pop(call)
             try:
-                finished.append((rows, ray.get(call)))
+                finished.append((rows, _result(call)))
                 done, losses = done + len(rows), 0
                 if on_progress is not None:
                     on_progress(done)
@@ -114,6 +115,16 @@ class ModelPool:
     def _start(self):
         options = {"num_cpus": self._shares.cpus, "num_gpus": self._shares.gpus}
         return ray.remote(_Worker).options(**options).remote(self._model, self._threads)
+
+
+def _result(call: ray.ObjectRef):
+    """What a worker returned; a user error it met is raised as itself, without Ray's story around it."""
+    try:
+        return ray.get(call)
+    except RayTaskError as error:
+        if isinstance(error.cause, DllmRayError):
+            raise error.cause from None
+        raise
 
 
 class _Worker:

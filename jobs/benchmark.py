@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from dllm_ray.cli import run_job
+from dllm_ray.config import check_seed
 from dllm_ray.data.config import DataConfig
 from dllm_ray.errors import ConfigError
 from dllm_ray.models.config import ModelConfig
@@ -62,6 +63,7 @@ class TrainBenchmark:
     """Batch, lengths, precision, threads; there is one worker, and `steps` says how long."""
 
     def __post_init__(self):
+        check_seed(self.seed)
         for name in ("rounds", "steps", "warmup_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, got {getattr(self, name)}", name)
@@ -234,7 +236,7 @@ def _under_ray(job: TrainBenchmark, tokenizer, prepared) -> list[float]:
         )
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer.fit(task, stream, shares, folder, on_events)
+        trainer.fit(task, stream, shares, folder, "benchmark", on_events)
     return [speed for step, speed in readings if step > job.warmup_steps]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from dllm_ray.cli import run_job
-from dllm_ray.config import instantiate, section, to_dict
+from dllm_ray.config import check_seed, read, section, to_dict
 from dllm_ray.errors import ConfigError
 from dllm_ray.evaluation.config import EvaluateConfig
 from dllm_ray.models.config import ModelConfig
@@ -47,22 +47,21 @@ class EvaluateJob:
             raise ConfigError("name the model, e.g. --model.path outputs/digits/final", "model.path")
         if self.sampler.seed is None:
             self.sampler = replace(self.sampler, seed=self.seed)
-        with section("sampler"):
-            for sampler in self.samplers().values():
-                sampler.blocks()
+        check_seed(self.seed)
+        self.samplers()
 
     def samplers(self) -> dict[str, SamplerConfig]:
         """Name -> settings: the main ones under an empty name, and each variant."""
+        with section("sampler"):
+            self.sampler.blocks()
         known = to_dict(self.sampler)
         samplers = {"": self.sampler}
         for variant in self.evaluate.variants:
-            unknown = sorted(set(variant) - set(known))
-            if unknown:
-                raise ConfigError(f"{unknown[0]!r} is no field of sampler", "evaluate.variants")
             name = ",".join(f"{key}={value}" for key, value in variant.items())
             try:
-                samplers[name] = instantiate(SamplerConfig, known | variant)
-            except (ConfigError, TypeError) as error:
+                samplers[name] = read(SamplerConfig, known | variant, "sampler")
+                samplers[name].blocks()
+            except ConfigError as error:
                 raise ConfigError(f"{variant}: {error}", "evaluate.variants") from None
         return samplers
 

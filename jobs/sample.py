@@ -76,6 +76,7 @@ def main(job: SampleJob) -> None:
     provenance = read_provenance(job.model.path)
     tokenizer = tokenizers.prepare(tokenizers.load_tokenizer(job.model.path))
     prompts = [chat.encode_prompt(tokenizer, messages) for messages in conversations]
+    _require_room(job, prompts)
     store = tracking.beside_training(job.tracking, provenance)
     tags = {"dllm_ray.model": job.model.path}
     parent = provenance.get("run_id")
@@ -95,19 +96,37 @@ def main(job: SampleJob) -> None:
 
 
 def _conversations(job: SampleJob) -> list[list[dict]]:
-    if job.prompt is not None:
-        return [[{"role": "user", "content": job.prompt}]]
     from dllm_ray.data import formats, sources
 
+    if job.prompt is not None:
+        rows = [("--prompt", {"prompt": job.prompt})]
+        columns = {}
+    else:
+        rows = sources.head(sources.resolve(job.prompts), job.limit or sys.maxsize)
+        columns = job.columns
+        formats.check_columns(columns)
     conversations = []
-    for where, row in sources.head(sources.resolve(job.prompts), job.limit or sys.maxsize):
+    for where, row in rows:
         try:
-            conversations.append(formats.to_prompt(row, job.columns))
+            conversations.append(formats.to_prompt(row, columns))
         except formats.RowError as error:
             raise DataError(f"{where}: {error}: {sources.snippet(row)}") from None
     if not conversations:
         raise DataError(f"{job.prompts}: holds no rows")
     return conversations
+
+
+def _require_room(job: SampleJob, prompts: list[list[int]]) -> None:
+    """Makes sure that every prompt fits the model together with its answer, before any is answered."""
+    from dllm_ray.models.load import context_length
+
+    limit, new = context_length(job.model.path), job.sampler.max_new_tokens or 1
+    for number, prompt in enumerate(prompts, start=1):
+        if limit is not None and len(prompt) + new > limit:
+            raise DataError(
+                f"prompt {number} has {len(prompt)} tokens: with {new} of an answer it doesn't fit the model's context "
+                f"of {limit}. Shorten it, or lower sampler.max_new_tokens"
+            )
 
 
 def _answer_here(job: SampleJob, tokenizer, prompts: list[list[int]]):

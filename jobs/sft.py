@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from dllm_ray.cli import run_job
-from dllm_ray.config import section, to_dict
+from dllm_ray.config import check_seed, section, to_dict, without_secrets
 from dllm_ray.data.config import DataConfig
 from dllm_ray.errors import ConfigError
 from dllm_ray.models.config import ModelConfig
@@ -63,6 +63,7 @@ class SFTJob:
         if self.model.adapter or self.model.quantization:
             name = "model.adapter" if self.model.adapter else "model.quantization"
             raise ConfigError("training updates all weights: it needs a model without adapter or quantization", name)
+        check_seed(self.seed)
         with section("sampler"):
             self.sampler.blocks()
         if self.train.learning_rate is None:
@@ -80,7 +81,7 @@ class SFTJob:
 def main(job: SFTJob) -> None:
     from dllm_ray.training.run_folder import FINAL, RunFolder
 
-    folder = RunFolder(job.output_dir, to_dict(job), job.fresh)
+    folder = RunFolder(job.output_dir, without_secrets(to_dict(job)), job.fresh)
     try:
         if folder.finished:
             print(f"{folder.path / FINAL} is finished already; --fresh would train it again")
@@ -110,7 +111,7 @@ def _train(job, folder) -> None:
             job.data, corpus, valid_corpus, tokenizer, spec.stop_token_ids, spec.pad_token_id, job.seed, mapper
         )
         print(report.data_line(prepared), flush=True)
-        folder.require_same_data(prepared.account.digest)
+        folder.begin(prepared.account.digest)
         if corpus.size <= prepare.LOCAL_BYTES:
             shares = _join_cluster(job, stack)
 
@@ -131,7 +132,7 @@ def _fit(job, folder, prepared, tokenizer, shares, run) -> None:
     from dllm_ray import tracking
     from dllm_ray.data.mixture import TrainStream
     from dllm_ray.training import checkpoint, report, trainer
-    from dllm_ray.training.run_folder import FINAL
+    from dllm_ray.training.run_folder import CHECKPOINTS, FINAL
 
     steps, rows = trainer.total_steps(job.train, prepared.plan.rows)
     task = trainer.TrainTask(
@@ -146,22 +147,30 @@ def _fit(job, folder, prepared, tokenizer, shares, run) -> None:
         epoch_rows=prepared.plan.rows,
         valid=prepared.valid,
         padding=prepared.padding,
-        settings=to_dict(job),
+        settings=without_secrets(to_dict(job)),
     )
     stream = TrainStream(prepared, job.train.batch_size, rows, shares.data_cpus)
     watcher = report.Watcher(steps, run)
-    storage = job.train.storage_path or str(folder.path)
-    last = trainer.fit(task, stream, shares, storage, watcher.on_events)
+
+    def on_events(events: list[trainer.Event]) -> None:
+        watcher.on_events(events)
+        for event in events:
+            if event["kind"] == "checkpoint":
+                folder.update(checkpoint_step=event["step"])
+
+    shared = job.train.storage_path
+    storage, name = (shared, folder.state["name"]) if shared else (str(folder.path), CHECKPOINTS)
+    last = trainer.fit(task, stream, shares, storage, name, on_events)
     watcher.close()
 
     provenance = {
         "run_id": run.run_id,
-        "tracking_uri": run.uri,
+        "tracking_uri": without_secrets({"uri": run.uri})["uri"],
         "step": steps,
         "data": job.data.path,
         "data_fingerprint": prepared.account.digest,
     }
-    card = report.model_card(to_dict(job), prepared, watcher)
+    card = report.model_card(without_secrets(to_dict(job)), prepared, watcher)
     target = folder.path / FINAL
     with last.as_directory() as directory:
         checkpoint.export(Path(directory), target, card, provenance)

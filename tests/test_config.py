@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dllm_ray.config import flatten, instantiate, leaf_types, load_yaml, merge, parse, to_dict, to_yaml
@@ -249,12 +249,23 @@ def test_print_config_prints_the_resolved_settings_and_stops(write, capsys):
     assert yaml.safe_load(capsys.readouterr().out) == to_dict(Job(seed=3, part=Part(rate=0.002)))
 
 
+@pytest.mark.parametrize("title", ["# a heading", "~", "{not: yaml}", "1", "a: b", "[1"])
+def test_text_is_taken_as_it_is(write, title):
+    assert read("--title", title).title == title
+    assert read("--config", write(yaml.safe_dump({"title": title}))).title == title
+
+
+def test_null_on_the_command_line_is_null(write):
+    assert read("--config", write("title: x"), "--title", "null").title is None
+
+
+@example(Job(title="null"))
 @given(
     st.builds(
         Job,
         seed=st.integers(),
         fresh=st.booleans(),
-        title=st.none() | st.text(st.characters(categories=["L", "P", "S", "Zs"])).filter(lambda text: text != "null"),
+        title=st.none() | st.text(st.characters(categories=["L", "P", "S", "Zs"])),
         part=st.builds(
             Part,
             rows=st.integers(),

@@ -52,13 +52,16 @@ def test_settings_become_parameters_and_a_file_that_reads_back(store):
 
 
 def test_long_values_are_cut_and_secrets_hidden(store):
-    settings = {"data": {"path": "x" * 20_000}, "serve": {"api_keys": ["sk-1"]}}
+    secret = "postgresql://me:hunter2@db/ml"
+    settings = {"data": {"path": "x" * 20_000}, "serve": {"api_keys": ["sk-1"]}, "tracking": {"uri": secret}}
     with open_run(store, settings=settings) as run:
         pass
     params = read(run).data.params
     assert params["serve.api_keys"] == "(hidden)"
     assert params["data.path"].startswith("xxx") and len(params["data.path"]) < 20_000
-    assert "sk-1" not in artifact(run, "config.yaml")
+    assert params["tracking.uri"] == "postgresql://db/ml"
+    recorded = artifact(run, "config.yaml")
+    assert "sk-1" not in recorded and "hunter2" not in recorded
 
 
 def test_metrics_keep_their_steps(store):
@@ -131,6 +134,16 @@ def test_a_database_that_can_not_be_opened_is_named(tmp_path):
     (tmp_path / "mlruns.db").write_text("not a database, although long enough to be mistaken for one" * 20)
     with pytest.raises(OutputError, match=r"tracking\.uri .*mlruns\.db can't be used"), open_run(tmp_path):
         pass
+
+
+def test_a_server_that_can_not_be_reached_is_named_without_its_password(tmp_path):
+    settings = TrackingConfig(uri="http://me:hunter2@127.0.0.1:9")
+    with (
+        pytest.raises(OutputError, match=r"tracking\.uri http://127\.0\.0\.1:9 can't be used") as error,
+        tracking.start("sft", {}, tmp_path, settings, {}),
+    ):
+        pass
+    assert "hunter2" not in str(error.value)
 
 
 def test_the_ui_is_named_by_command_or_address():

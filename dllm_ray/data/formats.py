@@ -31,10 +31,7 @@ def detect(row: Mapping[str, Any], wanted: str, columns: Mapping[str, str], wher
         ConfigError: `columns` maps a name that no format has.
         DataError: the row lacks the columns.
     """
-    ours = {name for needed, optional in FORMATS.values() for name in needed + optional}
-    for name in columns:
-        if name not in ours:
-            raise ConfigError(f"{name!r} is no column of ours; expected {', '.join(sorted(ours))}", "columns")
+    check_columns(columns)
     candidates = FORMATS if wanted == "auto" else {wanted: FORMATS[wanted]}
     if wanted == "auto" and columns:
         # a mapped column says which format is meant
@@ -51,6 +48,18 @@ def detect(row: Mapping[str, Any], wanted: str, columns: Mapping[str, str], wher
         f"{where}: the columns {', '.join(map(repr, row)) or '(none)'} are of no known format; expected {expected}. "
         "Name other columns with data.columns, e.g. --data.columns.prompt query"
     )
+
+
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Makes sure that a mapping of columns maps columns of ours.
+
+    Raises:
+        ConfigError: it maps another name.
+    """
+    ours = {name for needed, optional in FORMATS.values() for name in needed + optional}
+    for name in columns:
+        if name not in ours:
+            raise ConfigError(f"{name!r} is no column of ours; expected {', '.join(sorted(ours))}", "columns")
 
 
 def to_messages(row: Mapping[str, Any], row_format: str, columns: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -127,11 +136,15 @@ def _turn(role: str, content: Any, column: str) -> dict[str, Any]:
 
 def _text(content: Any, column: str) -> str:
     """Plain text, or the text of a list of typed parts (`{"type": "text", "text" or "value": ...}`)."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, Sequence):
-        return "".join(_part(part) for part in content)
-    raise RowError(f"{column} is not text")
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        content = "".join(_part(part) for part in content)
+    if not isinstance(content, str):
+        raise RowError(f"{column} is not text")
+    try:
+        content.encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+        raise RowError(f"{column} is not valid Unicode") from None
+    return content
 
 
 def _part(part: Any) -> str:

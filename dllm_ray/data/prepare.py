@@ -32,8 +32,8 @@ class Corpus:
 
     shards: tuple[Shard, ...]
     """Readable pieces, in order."""
-    rules: RowRules
-    """How conversations become token rows."""
+    rules: tuple[RowRules, ...]
+    """How conversations become token rows, for each shard."""
 
     @property
     def size(self) -> int:
@@ -51,7 +51,7 @@ class TokenizedCorpus:
 
     def read(self, shard: int) -> tuple[TokenRows, Account]:
         """The usable rows of a shard, and what became of the others."""
-        return tokenize_shard(self.corpus.shards[shard], self.tokenizer, self.stop_token_ids, self.corpus.rules)
+        return tokenize_shard(self.corpus.shards[shard], self.tokenizer, self.stop_token_ids, self.corpus.rules[shard])
 
 
 @dataclass(frozen=True)
@@ -95,18 +95,23 @@ class Prepared:
 
 
 def resolve(config: DataConfig, path: str | Sequence[str], max_length: int) -> Corpus:
-    """Looks a source up and decides its format from its first row. Cheap: reads one row of the first shard.
+    """Looks sources up and decides the format of each from its first row. Cheap: reads one row of each.
 
     Raises:
         DataError: nothing there, nothing in it, broken, or columns of no known format.
     """
-    shards = sources.resolve(path)
-    first = sources.head(shards, 1)
-    if not first:
-        raise DataError(f"{_name(path)}: holds no rows")
-    where, row = first[0]
-    row_format = formats.detect(row, config.format, config.columns, where)
-    return Corpus(tuple(shards), RowRules(row_format, config.columns, config.loss_on, config.truncation, max_length))
+    shards: list[Shard] = []
+    rules: list[RowRules] = []
+    for source in [path] if isinstance(path, str) else path:
+        found = sources.resolve(source)
+        first = sources.head(found, 1)
+        if not first:
+            raise DataError(f"{source}: holds no rows")
+        where, row = first[0]
+        row_format = formats.detect(row, config.format, config.columns, where)
+        shards += found
+        rules += [RowRules(row_format, config.columns, config.loss_on, config.truncation, max_length)] * len(found)
+    return Corpus(tuple(shards), tuple(rules))
 
 
 def prepare(
@@ -132,21 +137,25 @@ def prepare(
         mapper: how to go over shards; `map` does it in this process.
 
     Raises:
-        DataError: a broken file, or no usable row.
+        DataError: a broken file, or one without a usable row.
     """
     source = TokenizedCorpus(corpus, tokenizer, tuple(stop_token_ids))
     own_valid = config.valid_rows > 0 and valid_corpus is not None
     keep = 0 if own_valid else config.valid_rows
     surveys = list(mapper(partial(_survey, source, keep, seed), range(len(corpus.shards))))
-    account = sum((survey.account for survey in surveys[1:]), surveys[0].account)
-    _require_usable(account, config.path)
+    by_file: dict[str, list[Account]] = {}
+    for shard, survey in zip(corpus.shards, surveys, strict=True):
+        by_file.setdefault(shard.name, []).append(survey.account)
+    for name, accounts in by_file.items():
+        _require_usable(_total(accounts), name)
+    account = _total([survey.account for survey in surveys])
     # never more than a tenth, so that a handful of rows can still be trained on
     valid, held_out = _hold_out(surveys, min(keep, account.usable // 10))
     valid_account = None
     if own_valid:
         valid_source = TokenizedCorpus(valid_corpus, tokenizer, tuple(stop_token_ids))
         valid, valid_account = _first_rows(valid_source, config.valid_rows)
-        _require_usable(valid_account, config.valid_path)
+        _require_usable(valid_account, _name(config.valid_path))
     remaining = tuple(survey.account.usable - len(rows) for survey, rows in zip(surveys, held_out, strict=True))
     supervised = config.padding == "eos"
     return Prepared(
@@ -201,13 +210,17 @@ def _first_rows(source: TokenizedCorpus, count: int) -> tuple[TokenRows, Account
     return rows.take(np.arange(min(count, len(rows)))), account
 
 
-def _require_usable(account: Account, path: str | Sequence[str] | None) -> None:
+def _total(accounts: Sequence[Account]) -> Account:
+    return sum(accounts[1:], accounts[0])
+
+
+def _require_usable(account: Account, name: str) -> None:
     if account.usable:
         return
     reasons = ", ".join(f"{reason} ({count})" for reason, count in account.dropped.most_common())
     reason = account.dropped.most_common(1)[0][0] if account.dropped else None
     first = f"; the first: {account.examples[reason]}" if reason else ""
-    raise DataError(f"{_name(path)}: none of its {account.read} rows can be used: {reasons or 'it holds none'}{first}")
+    raise DataError(f"{name}: none of its {account.read} rows can be used: {reasons or 'it holds none'}{first}")
 
 
 def _name(path: str | Sequence[str] | None) -> str:

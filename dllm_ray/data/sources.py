@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -109,7 +110,7 @@ def _resolve_one(source: str) -> list[Shard]:
     if files:
         return [shard for path in files for shard in _file_shards(path)]
     looks_like_file = source.startswith((".", "/", "~")) or "://" in source or _suffix(source) in _SUFFIXES
-    if looks_like_file or "*" in source or source.count("/") > 1:
+    if looks_like_file or set("*?[") & set(source) or source.count("/") > 1:
         raise DataError(f"no such file, folder or pattern: {source}")
     return _resolve_hub(source, "train", None)
 
@@ -124,8 +125,7 @@ def _files(source: str) -> list[str]:
             if not names:
                 raise DataError(f"{source}: no data files in this folder; expected {', '.join(_SUFFIXES)}")
         else:
-            names = sorted(name for name in fs.glob(path) if fs.isfile(name)) if "*" in path else [path]
-            names = [name for name in names if fs.exists(name)]
+            names = [path] if fs.exists(path) else sorted(name for name in fs.glob(path) if fs.isfile(name))
     except (OSError, ImportError, ValueError) as error:
         raise DataError(f"{source}: can't be looked up: {error}") from error
     local = "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
@@ -168,7 +168,7 @@ def _holds_lines(beginning: bytes) -> bool:
     first, _, rest = beginning.lstrip().partition(b"\n")
     try:
         return isinstance(json.loads(first), dict) and bool(rest.strip())
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -235,7 +235,7 @@ def _read_jsonl(shard: Shard) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{shard.where(number)}: not valid JSON ({error}): {_shown(line)}") from None
             if not isinstance(row, dict):
                 raise DataError(f"{shard.where(number)}: expected a JSON object, found: {_shown(line)}")
@@ -263,7 +263,7 @@ def _read_json(shard: Shard) -> Iterator[tuple[int, dict[str, Any]]]:
         content = file.read()
     try:
         tree = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{shard.name}: not valid JSON ({error})") from None
     if isinstance(tree, dict):
         lists = [value for value in tree.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
@@ -275,12 +275,13 @@ def _read_json(shard: Shard) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _read_csv(shard: Shard) -> Iterator[tuple[int, dict[str, Any]]]:
     with _open(shard.name) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        csv.field_size_limit(sys.maxsize)  # long documents are no mistake
         reader = csv.DictReader(text)
         try:
             for row in reader:
                 yield reader.line_num, {key: value for key, value in row.items() if key is not None}
         except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{shard.name}, line {reader.line_num}: not readable as CSV: {error}") from None
+            raise DataError(f"{shard.name}, line {reader.line_num + 1}: not readable as CSV: {error}") from None
 
 
 def _read_parquet(shard: Shard) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -163,15 +163,15 @@ def tokenize_shard(
     return TokenRows.join(parts), account
 
 
-def texts(shards: Sequence[Shard], rules: RowRules, limit: int) -> Iterator[str]:
-    """The messages of the first `limit` usable rows, to train a tokenizer on."""
+def texts(shards: Sequence[Shard], rules: Sequence[RowRules], limit: int) -> Iterator[str]:
+    """The messages of the first `limit` usable rows, to train a tokenizer on; `rules` has one entry for each shard."""
     seen = 0
-    for shard in shards:
+    for shard, rule in zip(shards, rules, strict=True):
         for _, row in shard.read():
             if seen == limit:
                 return
             try:
-                messages = to_messages(row, rules.row_format, rules.columns)
+                messages = to_messages(row, rule.row_format, rule.columns)
             except RowError:
                 continue
             seen += 1

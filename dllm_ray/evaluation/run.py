@@ -2,12 +2,14 @@
 
 import difflib
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dllm_ray.data import sources
 from dllm_ray.errors import EvaluationError
 from dllm_ray.evaluation.config import EvaluateConfig
 from dllm_ray.evaluation.lm import DiffusionHarness
@@ -19,24 +21,25 @@ _LOCAL_FILES = "local_files"  # the group that stands in for tasks over local da
 
 
 def check_tasks(config: EvaluateConfig) -> None:
-    """Cheap checks before anything is loaded: folders, data files, and tasks that can't do without a file.
+    """Checks before anything is loaded: folders, and the data files of tasks over local data, which are read through.
 
     Raises:
         EvaluationError: what is missing.
+        DataError: a file is broken; the line is named.
     """
     if config.include_path is not None and not Path(config.include_path).is_dir():
         raise EvaluationError(f"evaluate.include_path {config.include_path}: no such folder")
     ours = _our_tasks(config)
-    for task, files in config.data_files.items():
+    for task in config.data_files:
         if task not in config.tasks:
             raise EvaluationError(f"evaluate.data_files names {task!r}, which is not among evaluate.tasks")
-        _require_file(task, files)
     for task in config.tasks:
-        files = ours.get(task, {}).get("dataset_kwargs", {}).get("data_files")
-        if task in config.data_files or not isinstance(files, Mapping):
-            continue
-        for file in files.values():
-            _require_file(task, file)
+        settings = ours.get(task, {})
+        files = settings.get("dataset_kwargs", {}).get("data_files")
+        if task in config.data_files:
+            files = {"test": config.data_files[task]}
+        for file in files.values() if isinstance(files, Mapping) else ():
+            _check_file(task, file, _columns(settings))
 
 
 def evaluate(model: DiffusionHarness, config: EvaluateConfig, seed: int) -> dict[str, Any]:
@@ -54,6 +57,7 @@ def evaluate(model: DiffusionHarness, config: EvaluateConfig, seed: int) -> dict
         EvaluationError: an unknown task, or one whose data can't be had.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from datasets.exceptions import DatasetsError
     from lm_eval import simple_evaluate
 
     manager = _task_manager(config)
@@ -83,7 +87,7 @@ def evaluate(model: DiffusionHarness, config: EvaluateConfig, seed: int) -> dict
             if isinstance(part, dict):
                 part.pop(_LOCAL_FILES, None)
         return results
-    except (OSError, ConnectionError) as error:
+    except (OSError, ConnectionError, DatasetsError) as error:
         raise EvaluationError(
             f"the data of {', '.join(config.tasks)} can't be had: {str(error).strip().splitlines()[0]}. Give a local "
             "file with evaluate.data_files, e.g. --evaluate.data_files.TASK test.jsonl"
@@ -140,8 +144,27 @@ def _our_tasks(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
     return tasks
 
 
-def _require_file(task: str, file: str) -> None:
+def _columns(task: Mapping[str, Any]) -> set[str]:
+    """The columns that a task's question and answer name. lm-eval would take the name of a missing one for text."""
+    columns: set[str] = set()
+    for text in (task.get("doc_to_text"), task.get("doc_to_target")):
+        if isinstance(text, str):
+            columns |= {text} if text.isidentifier() else set(re.findall(r"{{\s*(\w+)", text))
+    return columns
+
+
+def _check_file(task: str, file: str, columns: set[str]) -> None:
     if not any(mark in file for mark in "*?[") and "://" not in file and not Path(file).is_file():
         raise EvaluationError(
             f"task {task}: no such data file: {file}. Name one with --evaluate.data_files.{task} FILE"
         )
+    if Path(file).suffix not in (".jsonl", ".json", ".csv", ".parquet"):
+        return  # compressed, or something else that the harness may know
+    for shard in sources.resolve(file):
+        for number, row in shard.read():
+            missing = sorted(columns - row.keys())
+            if missing:
+                raise EvaluationError(
+                    f"task {task}: {shard.where(number)}: no column {', '.join(map(repr, missing))}, found "
+                    f"{', '.join(map(repr, row))}"
+                )

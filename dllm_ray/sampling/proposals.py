@@ -31,7 +31,9 @@ def propose(logits_NV: Tensor, temperature_N: Tensor, uniform_N: Tensor | None) 
     if uniform_N is None:
         return tokens_N
     warm = (temperature_N > 0).nonzero().squeeze(1)
-    scaled = logits_NV[warm].float() / temperature_N[warm].unsqueeze(1)
+    warm_NV = logits_NV[warm].float()
+    # the largest becomes 0 first: with a tiny temperature it would overflow
+    scaled = (warm_NV - warm_NV.amax(dim=1, keepdim=True)) / temperature_N[warm].unsqueeze(1)
     cumulative = torch.softmax(scaled, dim=1).cumsum(dim=1)
     threshold = uniform_N[warm].unsqueeze(1) * cumulative[:, -1:]
     # right=True skips tokens of probability 0, whose cumulative value equals their predecessor's

@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dllm_ray.config import to_yaml
+from dllm_ray.config import to_dict, to_yaml
 from dllm_ray.data.prepare import Prepared
+from dllm_ray.sampling.config import SamplerConfig
 from dllm_ray.tracking import Run
 from dllm_ray.viz.terminal import Progress
 
 _SHOWN_SAMPLES = 3
+_SHOWN_REASONS = 10
 
 
 def data_line(prepared: Prepared) -> str:
@@ -20,8 +22,12 @@ def data_line(prepared: Prepared) -> str:
         f"{account.tokens:,} tokens; {prepared.plan.rows:,} rows to train on, {len(prepared.valid):,} for validation"
         + (f" ({held:,} held out)" if held else "")
     ]
-    for reason, count in account.dropped.most_common():
+    reasons = account.dropped.most_common()
+    for reason, count in reasons[:_SHOWN_REASONS]:
         lines.append(f"          dropped {count:,}: {reason}; the first: {account.examples[reason]}")
+    if len(reasons) > _SHOWN_REASONS:
+        others = sum(count for _, count in reasons[_SHOWN_REASONS:])
+        lines.append(f"          dropped {others:,} for {len(reasons) - _SHOWN_REASONS} other reasons")
     return "\n".join(lines)
 
 
@@ -30,7 +36,7 @@ def data_facts(prepared: Prepared) -> dict[str, Any]:
     account = prepared.account
     return {
         "sources": sorted({shard.name for shard in prepared.source.corpus.shards}),
-        "format": prepared.source.corpus.rules.row_format,
+        "formats": sorted({rules.row_format for rules in prepared.source.corpus.rules}),
         "rows_read": account.read,
         "rows_usable": account.usable,
         "rows_truncated": account.truncated,
@@ -102,8 +108,8 @@ class Watcher:
     def _on_samples(self, step: int, event: Mapping[str, Any]) -> None:
         self._run.json("samples.json", event["samples"])
         self.close()
-        if not event["samples"]:
-            print("sample    none: no validation prompt leaves room for sampler.max_new_tokens in the model's context")
+        if event["problem"]:
+            print(f"sample    none: {event['problem']}")
         for sample in event["samples"][:_SHOWN_SAMPLES]:
             print(f"sample    {sample['prompt']!r} -> {sample['sampled']!r} (expected {sample['expected']!r})")
 
@@ -115,8 +121,9 @@ def model_card(settings: Mapping[str, Any], prepared: Prepared, watcher: Watcher
     """The README.md of a trained model."""
     start = settings["model"]["path"] or "random weights"
     nll = [f"| {step} | {value:.4f} |" for step, value in watcher.history]
-    table = "\n".join(["| step | validation nll |", "|---|---|", *nll]) if nll else "No validation was asked for."
-    sampler = ", ".join(f"{key}={value!r}" for key, value in settings["sampler"].items() if value not in (None, [], ()))
+    table = "\n".join(["| step | validation nll |", "|---|---|", *nll]) if nll else "Not validated."
+    defaults = to_dict(SamplerConfig())
+    sampler = ", ".join(f"{key}={value!r}" for key, value in settings["sampler"].items() if value != defaults[key])
     return f"""---
 library_name: transformers
 tags: [diffusion-language-model, dllm_ray]

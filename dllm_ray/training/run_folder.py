@@ -2,12 +2,15 @@
 
 run.json      settings, MLflow run and data fingerprint of the run, and whether it is finished
 tokenizer/    the run's tokenizer
-checkpoints/  Ray Train's storage, unless `train.storage_path` names another place
+checkpoints/  Ray Train's storage; below `train.storage_path`, where that is set, a folder with the run's own name
 final/        the trained model, a Hugging Face directory
+
+Until its first checkpoint a run has nothing to lose: other settings or data replace it. From then on they are refused.
 """
 
 import fcntl
 import json
+import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +30,8 @@ _LOCK = ".lock"
 _FREE = (
     "fresh",
     "output_dir",
+    "sample_rows",
+    "sampler.",
     "tracking.",
     "train.workers",
     "train.cpus_per_worker",
@@ -54,15 +59,25 @@ class RunFolder:
     def __init__(self, path: str | Path, settings: Mapping[str, Any], fresh: bool = False):
         self.path = writable_folder(path)
         self._lock = self._open()
+        self._settings = json.loads(json.dumps(settings))
         if fresh and (self.path / _RUN).exists():
             self._clear()
         self.state: dict[str, Any] = self._read()
-        if self.state:
-            self._require_same(settings)
-        elif (self.path / FINAL).exists():
-            raise OutputError(f"{self.path / FINAL} exists and is not from a run of this job: name another output_dir")
+        if not self.state:
+            for name in (FINAL, CHECKPOINTS):
+                if (self.path / name).exists():
+                    raise OutputError(
+                        f"{self.path / name} exists and is not from a run of this job: name another output_dir"
+                    )
+        changed = self._changed_settings()
+        if changed and "checkpoint_step" in self.state:
+            raise OutputError(
+                f"{self.path} holds a run with other settings: {'; '.join(changed)}. Start over with --fresh, or name "
+                "another output_dir"
+            )
+        if changed:
+            self._clear()
         self.resumed = bool(self.state)
-        self.update(settings=dict(settings))
 
     def update(self, **values: Any) -> None:
         """Records facts of the run, in one piece."""
@@ -75,19 +90,21 @@ class RunFolder:
         """Whether the run is done and its model is in `final/`."""
         return bool(self.state.get("finished")) and (self.path / FINAL).is_dir()
 
-    def require_same_data(self, fingerprint: str) -> None:
-        """Makes sure that a resumed run goes on with the data it began with.
+    def begin(self, fingerprint: str) -> None:
+        """Records the run, or makes sure that a resumed one goes on with the data it began with.
 
         Raises:
             OutputError: the data are others.
         """
         before = self.state.get("data_fingerprint")
-        if before not in (None, fingerprint):
+        if before not in (None, fingerprint) and "checkpoint_step" in self.state:
             raise OutputError(
                 f"{self.path} holds a run on other data (fingerprint {before[:12]}, now {fingerprint[:12]}): restore "
                 "the data, start over with --fresh, or name another output_dir"
             )
-        self.update(data_fingerprint=fingerprint)
+        # a name of its own for what lies in storage that other runs share
+        name = self.state.get("name") or f"{self.path.name}-{secrets.token_hex(4)}"
+        self.update(name=name, settings=self._settings, data_fingerprint=fingerprint)
 
     def close(self) -> None:
         """Lets other runs use the folder."""
@@ -114,16 +131,14 @@ class RunFolder:
         for name in (CHECKPOINTS, FINAL, TOKENIZER):
             shutil.rmtree(self.path / name, ignore_errors=True)
         (self.path / _RUN).unlink()
+        self.state = {}
 
-    def _require_same(self, settings: Mapping[str, Any]) -> None:
-        before, now = flatten(self.state.get("settings", {})), flatten(json.loads(json.dumps(settings)))
-        changed = [
+    def _changed_settings(self) -> list[str]:
+        if not self.state:
+            return []
+        before, now = flatten(self.state.get("settings", {})), flatten(self._settings)
+        return [
             f"{key} was {before.get(key)!r}, is now {now.get(key)!r}"
             for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key) and not key.startswith(_FREE)
         ]
-        if changed:
-            raise OutputError(
-                f"{self.path} holds a run with other settings: {'; '.join(changed)}. Start over with --fresh, or name "
-                "another output_dir"
-            )

@@ -25,7 +25,7 @@ from dllm_ray.cluster import Shares
 from dllm_ray.data.batches import PaddingRule, deal, pad
 from dllm_ray.data.mixture import GlobalBatches, TrainStream, WorkerBatches
 from dllm_ray.data.tokenize import TokenRows
-from dllm_ray.errors import DllmRayError, TrainingError
+from dllm_ray.errors import ConfigError, DllmRayError, TrainingError
 from dllm_ray.models.config import ModelConfig
 from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.models.load import open_model
@@ -38,7 +38,6 @@ from dllm_ray.training import checkpoint as checkpoints
 from dllm_ray.training.config import TrainConfig
 from dllm_ray.training.loop import Batch, StepResult, train_steps, validate
 from dllm_ray.training.meter import Meter
-from dllm_ray.training.run_folder import CHECKPOINTS
 from dllm_ray.training.strategies import wrap
 from dllm_ray.training.strategies.base import Strategy
 
@@ -81,17 +80,23 @@ def total_steps(config: TrainConfig, rows: int) -> tuple[int, int]:
 
 
 def fit(
-    task: TrainTask, stream: TrainStream, shares: Shares, storage_path: str, on_events: Callable[[list[Event]], None]
+    task: TrainTask,
+    stream: TrainStream,
+    shares: Shares,
+    storage_path: str,
+    name: str,
+    on_events: Callable[[list[Event]], None],
 ) -> ray.train.Checkpoint:
     """Trains, and returns the last checkpoint.
 
-    An earlier run in the same storage is gone on with from its last checkpoint.
+    An earlier run of the same name in the same storage is gone on with from its last checkpoint.
 
     Args:
         task: the run.
         stream: its data.
         shares: workers and what each reserves.
-        storage_path: folder or URL that every node can reach; checkpoints go to `checkpoints` below it.
+        storage_path: folder or URL that every node can reach.
+        name: folder below it for the run's checkpoints.
         on_events: called in this thread with what workers report, every half second.
 
     Raises:
@@ -108,7 +113,7 @@ def fit(
             num_workers=shares.workers, use_gpu=shares.gpus > 0, resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
-            name=CHECKPOINTS,
+            name=name,
             storage_path=storage_path,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=task.train.keep_checkpoints, **scored),
             failure_config=ray.train.FailureConfig(max_failures=task.train.max_failures),
@@ -222,9 +227,9 @@ class _Worker:
             meter.count(result.tokens)
             step = result.step
             last = step == task.total_steps
-            if last or step == 1 or step % train.log_every == 0:
-                self._log(result, meter)
             due = last or step % checkpoint_every == 0
+            if due or step == 1 or step % train.log_every == 0:
+                self._log(result, meter)
             if due or step % validate_every == 0:
                 with meter.paused():
                     self._validate(step)
@@ -249,6 +254,12 @@ class _Worker:
 
     def _log(self, result: StepResult, meter: Meter) -> None:
         loss, nll_sum, targets = self.strategy.sum(result.loss, result.nll_sum, result.targets)
+        if not (loss.isfinite() and result.grad_norm.isfinite()):
+            raise TrainingError(
+                f"the run diverged: at step {result.step} the loss is {loss.item():g} and the gradient's norm "
+                f"{result.grad_norm.item():g}, with a learning rate of {result.learning_rate:.3g}. Lower "
+                "train.learning_rate, or raise train.warmup"
+            )
         self._post(
             "metrics",
             result.step,
@@ -293,7 +304,12 @@ class _Worker:
         if self.strategy.rank or not task.sample_rows or not len(task.valid):
             return
         lm = DiffusionLM(self.strategy.lm.model.eval(), self.strategy.lm.tokenizer, self.strategy.lm.spec)
-        self._post("samples", step, samples=sample_texts(lm, task.valid, task.sample_rows, task.sampler))
+        samples, problem = [], None
+        try:
+            samples = sample_texts(lm, task.valid, task.sample_rows, task.sampler)
+        except DllmRayError as error:  # settings of the sampler must not cost the trained model
+            problem = str(error)
+        self._post("samples", step, samples=samples, problem=problem)
         ray.get(self._sent)  # a worker that ends takes messages under way with it
 
     def _post(self, kind: str, step: int, **values: Any) -> None:
@@ -310,6 +326,9 @@ def sample_texts(lm: DiffusionLM, rows: TokenRows, count: int, config: SamplerCo
     """Answers to the questions of token rows, beside the answers the rows hold.
 
     The first `count` questions are taken that leave room for `config.max_new_tokens` in the model's context.
+
+    Raises:
+        ConfigError: there are none, or the sampler's settings don't fit the model.
     """
     starts = rows.lengths.cumsum() - rows.lengths
     room = (lm.max_length or math.inf) - (config.max_new_tokens or 1)
@@ -320,6 +339,8 @@ def sample_texts(lm: DiffusionLM, rows: TokenRows, count: int, config: SamplerCo
         if begin <= room and len(prompts) < count:
             prompts.append(ids[:begin].tolist())
             answers.append(ids[begin:].tolist())
+    if not prompts:
+        raise ConfigError("no validation prompt leaves room for it in the model's context", "sampler.max_new_tokens")
     output = Sampler(lm, config).sample(prompts)
     return [
         {

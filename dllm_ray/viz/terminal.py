@@ -88,13 +88,14 @@ def duration(seconds: float) -> str:
 
 
 def table(title: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """Prints rows with the same keys; numbers are right-aligned."""
+    """Prints rows under all their keys; a row may lack some. Numbers are right-aligned."""
     drawn = Table(title=title, title_justify="left", title_style="bold")
-    for key in rows[0]:
-        is_text = all(isinstance(row[key], str) for row in rows)
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    for key in keys:
+        is_text = all(isinstance(row.get(key, ""), str) for row in rows)
         drawn.add_column(str(key), justify="left" if is_text else "right", overflow="fold")
     for row in rows:
-        drawn.add_row(*(_cell(value) for value in row.values()))
+        drawn.add_row(*(_cell(row.get(key, "")) for key in keys))
     console.print(drawn)
 
 

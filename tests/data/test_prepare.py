@@ -1,11 +1,13 @@
 """From settings to everything training must know: what is held out, what is planned, and why data is refused."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dllm_ray.data import sources
+from dllm_ray.data import prepare, sources
+from dllm_ray.data.config import DataConfig
 from dllm_ray.data.tokenize import RowRules, TokenRows, texts
 from dllm_ray.errors import DataError
 from dllm_ray.models.tokenizers import train_bpe
@@ -182,7 +184,7 @@ class TestRealData:
     )
     def test_instructions_and_conversations(self, real_data, prepare_data, name, row_format, rows):
         prepared = prepare_data(str(real_data / name), max_length=20_000)
-        assert prepared.source.corpus.rules.row_format == row_format
+        assert {rules.row_format for rules in prepared.source.corpus.rules} == {row_format}
         assert prepared.account.read == rows
         assert prepared.account.usable + prepared.account.dropped.total() == rows
         assert prepared.account.usable > 0.99 * rows
@@ -201,3 +203,15 @@ class TestRealData:
             prepare_data(path)
         columns = {"prompt": "input", "response": "output"}
         assert prepare_data(path, max_length=512, columns=columns).account.dropped == {}
+
+
+def test_sources_of_different_formats_go_together(tmp_path, tokenizer):
+    paths = []
+    for name, row in (("a", {"prompt": "q", "response": "12"}), ("b", {"question": "q", "answer": "12"})):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join([json.dumps(row)] * 5))
+        paths.append(str(path))
+    config = DataConfig(path=paths, valid_rows=0)
+    corpus = prepare.resolve(config, config.path, 64)
+    prepared = prepare.prepare(config, corpus, None, tokenizer, [1], 0, seed=0)
+    assert (prepared.account.usable, prepared.plan.rows) == (10, 10)

@@ -297,3 +297,21 @@ class TestHub:
         monkeypatch.chdir(tmp_path)
         with pytest.raises(DataError, match=r"no-such-data\[train\]: neither a file nor a data set that can be loaded"):
             resolve(source)
+
+
+@pytest.mark.parametrize("pattern", ["p*.jsonl", "p?.jsonl", "p[0-1].jsonl"])
+def test_every_kind_of_pattern_finds_its_files(tmp_path, pattern):
+    for name in ("p0", "p1", "q0"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"from": name}))
+    assert [row["from"] for row in read(f"{tmp_path}/{pattern}")] == ["p0", "p1"]
+
+
+def test_a_long_csv_field_is_read(tmp_path):
+    (tmp_path / "long.csv").write_text("prompt,response\nq," + "x" * 200_000)
+    assert len(read(str(tmp_path / "long.csv"))[0]["response"]) == 200_000
+
+
+def test_json_nested_beyond_reason_is_named(tmp_path):
+    (tmp_path / "deep.jsonl").write_text("[" * 200_000)
+    with pytest.raises(DataError, match=r"deep\.jsonl, line 1: not valid JSON"):
+        read(str(tmp_path / "deep.jsonl"))

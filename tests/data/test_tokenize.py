@@ -223,7 +223,7 @@ def test_a_shard_without_usable_rows_gives_none(run):
 
 def test_texts_are_the_messages_of_the_first_usable_rows(write_jsonl):
     rows = [{"messages": "?"}, {"messages": [Q1, A1]}, {"messages": [Q2, A2]}, {"messages": [Q1]}]
-    assert list(texts(resolve(str(write_jsonl(rows))), rules(), limit=2)) == ["one?", "first", "two?", "second"]
+    assert list(texts(resolve(str(write_jsonl(rows))), [rules()], limit=2)) == ["one?", "first", "two?", "second"]
 
 
 ROW = st.lists(st.tuples(st.integers(0, 9), st.integers(-100, 9)), max_size=4).map(

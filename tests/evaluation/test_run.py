@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from dllm_ray.data import builtin
-from dllm_ray.errors import EvaluationError
+from dllm_ray.errors import DataError, EvaluationError
 from dllm_ray.evaluation.config import EvaluateConfig
 from dllm_ray.evaluation.lm import DiffusionHarness
 from dllm_ray.evaluation.run import check_tasks, evaluate, metrics
@@ -137,6 +137,21 @@ def test_a_folder_of_ones_own_tasks(tokenizer, tmp_path, maths):
 def test_what_is_missing_is_named_before_anything_is_loaded(settings, message):
     with pytest.raises(EvaluationError, match=message):
         check_tasks(EvaluateConfig(**settings))
+
+
+def test_a_file_without_the_tasks_columns_is_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "a", "answer": "#### 1"}\n{"q": "1+1", "answer": "#### 2"}\n')
+    config = EvaluateConfig(tasks=("gsm8k_file",), data_files={"gsm8k_file": str(path)})
+    with pytest.raises(EvaluationError, match=r"rows\.jsonl, line 2: no column 'question', found 'q', 'answer'"):
+        check_tasks(config)
+
+
+def test_a_broken_file_is_named_with_its_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "a", "answer": "#### 1"}\n{"question": \n')
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 2: not valid JSON"):
+        check_tasks(EvaluateConfig(tasks=("gsm8k_file",), data_files={"gsm8k_file": str(path)}))
 
 
 @pytest.mark.slow  # indexes all of lm-eval's tasks

@@ -104,6 +104,7 @@ def test_a_max_length_shorter_than_every_prompt(fails):
         ("train.batch_size", "0", "train.batch_size: must be at least 1, got 0"),
         ("train.precision", "fp8", "train.precision: expected one of 'bf16', 'float32', got fp8"),
         ("train.max_length", "65", "train.max_length: 65 exceeds model.scratch.max_position_embeddings (64)"),
+        ("seed", "-1", "seed: must lie between 0 and 2^32 - 1, got -1"),
         ("sampler.steps", "0", "sampler.steps: must be at least 1, got 0"),
         ("model.scratch.architecture", "berd", "architecture 'berd' is not"),
         ("model.scratch.extra", "{hidden_act: swosh}", "these sizes and extra don't make a bert"),
@@ -198,13 +199,40 @@ def test_a_prompts_file_without_a_question(fails, tmp_path, model):
     assert f"{path}, line 2: no messages, prompt, instruction or question" in message
 
 
+def test_a_prompt_that_is_too_long_for_the_model(fails, tmp_path, model):
+    path = write(tmp_path / "prompts.jsonl", {"prompt": "sort 21"}, {"prompt": "9" * 60})
+    message = fails("sample", model__path=model, prompts=path, sampler__max_new_tokens=8)
+    assert "prompt 2 has" in message and "doesn't fit the model's context of 64" in message
+
+
+def test_prompts_that_are_no_text(fails, tmp_path, model):
+    assert "not valid Unicode" in fails("sample", model__path=model, prompt="a\udcff")
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "\\ud800"}\n')
+    assert f"{path}, line 1: prompt is not valid Unicode" in fails("sample", model__path=model, prompts=path)
+
+
+def test_unknown_columns_of_a_prompts_file(fails, tmp_path, model):
+    path = write(tmp_path / "prompts.jsonl", {"prompt": "sort 21"})
+    assert "'foo' is no column of ours" in fails("sample", model__path=model, prompts=path, columns="{foo: bar}")
+
+
+def test_one_file_of_several_without_a_usable_row(fails, tmp_path):
+    good = write(tmp_path / "good.jsonl", *[ROW] * 20)
+    bad = write(tmp_path / "bad.jsonl", {"question": "sort 21", "answer": ""})
+    message = fails("sft", data__path=json.dumps([good, bad]))
+    assert f"{bad}: none of its 1 rows can be used: empty answer" in message
+
+
 def test_a_model_that_is_not_named(fails):
     assert "model.path: name the model" in fails("evaluate")
 
 
 def test_a_variant_with_an_unknown_field(fails, model):
     message = fails("evaluate", model__path=model, evaluate__variants="[{stepps: 4}]")
-    assert "evaluate.variants: 'stepps' is no field of sampler" in message
+    assert "evaluate.variants: {'stepps': 4}: sampler: unknown key 'stepps'; did you mean steps?" in message
+    message = fails("evaluate", model__path=model, evaluate__variants="[{block_size: x}]")
+    assert "evaluate.variants: {'block_size': 'x'}: sampler: block_size: expected int or null, got x" in message
 
 
 def test_a_tracking_database_that_is_none(fails, tmp_path, model):

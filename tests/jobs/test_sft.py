@@ -80,16 +80,20 @@ def test_a_finished_run_is_not_trained_again(trained):
 
 
 def test_the_loss_curve_does_not_depend_on_the_number_of_workers(tmp_path):
-    curves = {}
+    curves, norms = {}, {}
     for workers in ("1", "2", "3"):  # 16 rows don't divide by 3
         done = train(tmp_path / workers, train__workers=workers, train__max_steps="50", data__valid_rows="0")
         assert done.returncode == 0, done.stdout + done.stderr
         values = history(tmp_path / workers, "train/loss")
         assert sorted(values) == list(range(1, 51))
         curves[workers] = [values[step][0] for step in sorted(values)]
+        norms[workers] = [seen[0] for _, seen in sorted(history(tmp_path / workers, "train/grad_norm").items())]
     assert curves["1"][-1] < curves["1"][0]
     assert curves["2"] == pytest.approx(curves["1"], rel=1e-4)
     assert curves["3"] == pytest.approx(curves["1"], rel=1e-4)
+    # AdamW would forgive a gradient of the wrong scale
+    assert norms["2"] == pytest.approx(norms["1"], rel=1e-3)
+    assert norms["3"] == pytest.approx(norms["1"], rel=1e-3)
 
 
 def test_a_decoder_trains_on_from_a_checkpoint(tmp_path, make_lm):
@@ -113,3 +117,23 @@ def test_a_decoder_trains_on_from_a_checkpoint(tmp_path, make_lm):
     assert config["architectures"] == ["Qwen3ForCausalLM"] and config["is_causal"] is False
     (found,) = runs(tmp_path / "run")
     assert found.data.params["train.learning_rate"] == "2e-05"
+
+
+def test_runs_in_one_storage_keep_apart_and_fresh_starts_over(tmp_path):
+    few = {"train__max_steps": "4", "train__workers": "1", "data__valid_rows": "0", "sample_rows": "0"}
+    store = {"train__storage_path": str(tmp_path / "store")}
+    for folder, changes in (("a", {}), ("b", {"seed": "5"}), ("a", {"fresh": "true"})):
+        done = train(tmp_path / folder, **few, **store, **changes)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "for 4 steps" in done.stdout
+    assert len(list((tmp_path / "store").glob("*-*/checkpoint_*"))) == 3
+
+
+def test_a_run_that_diverges_stops_with_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
+    wild = {"train__learning_rate": "1e30", "train__warmup": "0", "train__clip_norm": "0", "train__workers": "1"}
+    done = train(tmp_path / "run", **wild)
+    assert done.returncode == 1
+    assert "the run diverged: at step" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "final").exists()
+    (found,) = runs(tmp_path / "run")
+    assert found.info.status == "FAILED"

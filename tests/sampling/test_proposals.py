@@ -80,3 +80,10 @@ def test_half_precision_logits_give_float32_probabilities():
     halves = probability(logits.bfloat16(), tokens)
     assert halves.dtype == torch.float32
     assert torch.equal(halves, probability(logits.bfloat16().float(), tokens))
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-40])
+def test_a_tiny_temperature_takes_the_likeliest_token(temperature):
+    logits = torch.tensor([[1.0, 5.0, 2.0], [-800.0, -900.0, -1000.0]])
+    drawn = propose(logits, torch.full((2,), temperature), torch.tensor([0.999, 0.001]))
+    assert drawn.tolist() == [1, 0]

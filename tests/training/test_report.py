@@ -48,7 +48,7 @@ def play(watcher):
             {"kind": "metrics", "step": 10, "values": values},
             {"kind": "checkpoint", "step": 10},
             {"kind": "samples", "step": 10,
-             "samples": [{"prompt": "sort 21", "sampled": "12", "expected": "12"}]},
+             "samples": [{"prompt": "sort 21", "sampled": "12", "expected": "12"}], "problem": None},
         ]
     )  # fmt: skip
     watcher.close()
@@ -80,9 +80,15 @@ def test_events_become_metrics_tags_artifacts_and_lines(capsys):
     assert "'sort 21' -> '12' (expected '12')" in lines
 
 
-def test_no_room_for_samples_is_said(capsys):
-    report.Watcher(10, Recorder()).on_events([{"kind": "samples", "step": 10, "samples": []}])
-    assert "no validation prompt leaves room" in capsys.readouterr().out
+def test_why_there_are_no_samples_is_said(capsys):
+    report.Watcher(10, Recorder()).on_events([{"kind": "samples", "step": 10, "samples": [], "problem": "no room"}])
+    assert "sample    none: no room" in capsys.readouterr().out
+
+
+def test_only_the_commonest_reasons_are_told_one_by_one(prepared):
+    prepared.account.dropped.update({f"reason {number}": 1 for number in range(12)})
+    prepared.account.examples.update({f"reason {number}": "x" for number in range(12)})
+    assert "dropped 3 for 3 other reasons" in report.data_line(prepared)
 
 
 def test_the_model_card_has_front_matter_figures_settings_and_a_program_that_compiles(prepared):
@@ -93,7 +99,7 @@ def test_the_model_card_has_front_matter_figures_settings_and_a_program_that_com
         "model": {"path": None},
         "objective": {"name": "mdlm"},
         "data": {"path": "rows.jsonl"},
-        "sampler": to_dict(SamplerConfig(max_new_tokens=8, policy="random")),
+        "sampler": to_dict(SamplerConfig(max_new_tokens=8, policy="random", block_size=None)),
     }
     card = report.model_card(settings, prepared, watcher)
     _, front, text = card.split("---\n", 2)
@@ -102,5 +108,5 @@ def test_the_model_card_has_front_matter_figures_settings_and_a_program_that_com
     assert "| 0 | 3.0000 |" in text
     program = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     compile(program, "card", "exec")
-    assert "max_new_tokens=8" in program and "policy='random'" in program
+    assert "SamplerConfig(max_new_tokens=8, block_size=None, policy='random')" in program
     assert yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1]) == settings

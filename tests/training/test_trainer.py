@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dllm_ray.data.tokenize import TokenRows
+from dllm_ray.errors import ConfigError
 from dllm_ray.models.spec import IGNORE_INDEX
 from dllm_ray.sampling.config import SamplerConfig
 from dllm_ray.training.config import TrainConfig
@@ -34,7 +35,8 @@ def test_sample_texts_take_the_first_questions_that_leave_room(make_lm, tokenize
     texts = sample_texts(lm, TokenRows.of(rows), 2, config)
     assert [text["prompt"] for text in texts] == ["9999", "99999"]
     assert [text["expected"] for text in texts] == ["12", "12"]
-    assert sample_texts(lm, TokenRows.of(rows).take(np.array([1])), 2, config) == []
+    with pytest.raises(ConfigError, match="no validation prompt leaves room"):
+        sample_texts(lm, TokenRows.of(rows).take(np.array([1])), 2, config)
 
 
 def test_the_cause_of_a_failure_is_its_last_error_and_ours_before_anybodys():

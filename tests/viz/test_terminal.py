@@ -182,3 +182,13 @@ def test_a_line_break_stays_on_its_line(drawn, tokenizer):
     [line_break] = tokenizer.encode("\n", add_special_tokens=False)
     plain, _ = drawn([[line_break]], prompt_length=0)
     assert plain == ["step   0  ⏎"]
+
+
+def test_rows_with_different_keys_stay_under_their_own_headings(monkeypatch):
+    page = Console(file=io.StringIO(), width=80)
+    monkeypatch.setattr(terminal, "console", page)
+    table("t", [{"task": "a", "first": 1}, {"task": "b", "second": 2}])
+    lines = page.file.getvalue().splitlines()
+    heading = next(line for line in lines if "first" in line)
+    other = next(line for line in lines if "2" in line)
+    assert heading.index("second") <= other.index("2") < heading.index("second") + len("second")
