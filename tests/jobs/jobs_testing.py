@@ -1,6 +1,7 @@
 """Runs the jobs as users do: one process each, on real Ray, MLflow and files."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections import defaultdict
@@ -66,7 +67,13 @@ def start_training(output_dir: Path, log: Path, **changes: str) -> subprocess.Po
     settings = TINY | {"output_dir": str(output_dir)} | {k.replace("__", "."): v for k, v in changes.items()}
     with log.open("w") as file:
         return subprocess.Popen(
-            command("sft", settings), cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT
+            command("sft", settings),
+            cwd=ROOT,
+            env=environment(),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            # tests in the background of a shell ignore interrupts, and what they start would inherit that
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
 
