@@ -14,10 +14,9 @@ from dllm_ray.errors import EvaluationError
 
 
 class HasCompletions(Protocol):
-    """What an answerer returns: `SampleOutput`, or the answers of a pool."""
+    """What an answerer returns, e.g. a `SampleOutput`."""
 
     completions: list[list[int]]
-    row_nfe: list[int]
 
 
 Answerer = Callable[[Sequence[Sequence[int]]], HasCompletions]
@@ -43,16 +42,10 @@ class DiffusionHarness(LM):
         self._chats: dict[str, list[int]] = {}  # rendered conversation -> its token ids
         self.truncated = 0
         """Prompts that lost their beginning."""
-        self.completions: list[list[int]] = []
-        """Every completion so far, in order of the requests."""
-        self.row_nfe: list[int] = []
-        """Forwards behind each of them."""
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         prompts = [self._encode(request.args[0]) for request in requests]
         output = self._answer(prompts)
-        self.completions += output.completions
-        self.row_nfe += output.row_nfe
         texts = []
         for request, completion in zip(requests, output.completions, strict=True):
             text = _cut(chat.decode(self._tokenizer, completion), request.args[1].get("until"))

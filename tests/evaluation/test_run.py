@@ -15,7 +15,6 @@ from dllm_ray.evaluation.run import check_tasks, evaluate, metrics
 @dataclass
 class Answers:
     completions: list[list[int]]
-    row_nfe: list[int]
 
 
 def ask(tokenizer, solve, config):
@@ -24,7 +23,7 @@ def ask(tokenizer, solve, config):
     def answer(prompts):
         questions = [tokenizer.decode(prompt) for prompt in prompts]
         texts = [solve(question) for question in questions]
-        return Answers([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts], [1] * len(texts))
+        return Answers([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts])
 
     results = evaluate(DiffusionHarness(answer, tokenizer, None, "test"), config, seed=0)
     assert set(results["results"]) == set(results["n-samples"]) == set(config.tasks)
