@@ -9,6 +9,7 @@ import os
 import re
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ from dllm_ray.training.strategies.base import Strategy
 
 # Train looks after its workers at this interval, and `report` takes about as long; the default is 2 s.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1.0")
+
+_DRIVER_PATIENCE_S = 30.0
 
 Event = dict[str, Any]
 """What a worker tells the driver: `kind` (start, metrics, valid, checkpoint, samples), `step`, and values."""
@@ -177,6 +180,10 @@ class _Mailbox:
         events, self._events = self._events, []
         return events
 
+    def waiting(self) -> int:
+        """Events that the driver has not taken yet."""
+        return len(self._events)
+
 
 def _train_worker(config: dict[str, Any]) -> None:
     """Runs on each worker: wires model, data, objective and strategy to the loop."""
@@ -295,9 +302,18 @@ class _Worker:
         with tempfile.TemporaryDirectory() as folder:
             state = {"step": step, "valid_nll": self.valid_nll}
             checkpoints.save(Path(folder), self.strategy, self.task.settings, state)
+            if self.strategy.rank == 0:
+                self._until_told()
             files = ray.train.Checkpoint.from_directory(folder) if any(Path(folder).iterdir()) else None
             ray.train.report(metrics, checkpoint=files)
         self._post("checkpoint", step)
+
+    def _until_told(self) -> None:
+        """Waits until the driver has every event: a run that resumes at a checkpoint won't repeat the steps before it,
+        so their metrics must not die with the driver."""
+        given_up = time.monotonic() + _DRIVER_PATIENCE_S
+        while ray.get(self.mailbox.waiting.remote()) and time.monotonic() < given_up:
+            time.sleep(0.05)
 
     def _samples(self, step: int) -> None:
         task = self.task
