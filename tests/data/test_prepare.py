@@ -192,7 +192,9 @@ class TestRealData:
     @pytest.mark.slow
     def test_gsm8k_with_a_tokenizer_of_its_own(self, real_data, prepare_data):
         path = str(real_data / "gsm8k/train.jsonl")
-        first = texts(sources.resolve(path), RowRules("question_answer", {}, "last_answer", "right", 512), limit=1000)
+        shards = sources.resolve(path)
+        rules = [RowRules("question_answer", {}, "last_answer", "right", 512)] * len(shards)
+        first = texts(shards, rules, limit=1000)
         prepared = prepare_data(path, max_length=512, tokenizer=train_bpe(first, 2000))
         assert (prepared.account.read, prepared.account.usable, len(prepared.valid)) == (7473, 7473, 256)
 
