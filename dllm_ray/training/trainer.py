@@ -306,6 +306,9 @@ class _Worker:
                 self._until_told()
             files = ray.train.Checkpoint.from_directory(folder) if any(Path(folder).iterdir()) else None
             ray.train.report(metrics, checkpoint=files)
+            # `report` returns before Train has the checkpoint on record; a failure now would go back to the one before
+            committed = ray.train.CheckpointConsistencyMode.COMMITTED
+            ray.train.get_all_reported_checkpoints(consistency_mode=committed)
         self._post("checkpoint", step)
 
     def _until_told(self) -> None:
