@@ -77,7 +77,7 @@ class RunFolder:
             )
         if changed:
             self._clear()
-        self.resumed = bool(self.state)
+        self.resumed = "checkpoint_step" in self.state
 
     def update(self, **values: Any) -> None:
         """Records facts of the run, in one piece."""
@@ -97,11 +97,13 @@ class RunFolder:
             OutputError: the data are others.
         """
         before = self.state.get("data_fingerprint")
-        if before not in (None, fingerprint) and "checkpoint_step" in self.state:
-            raise OutputError(
-                f"{self.path} holds a run on other data (fingerprint {before[:12]}, now {fingerprint[:12]}): restore "
-                "the data, start over with --fresh, or name another output_dir"
-            )
+        if before not in (None, fingerprint):
+            if self.resumed:
+                raise OutputError(
+                    f"{self.path} holds a run on other data (fingerprint {before[:12]}, now {fingerprint[:12]}): "
+                    "restore the data, start over with --fresh, or name another output_dir"
+                )
+            self._clear()
         # a name of its own for what lies in storage that other runs share
         name = self.state.get("name") or f"{self.path.name}-{secrets.token_hex(4)}"
         self.update(name=name, settings=self._settings, data_fingerprint=fingerprint)

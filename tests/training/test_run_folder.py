@@ -42,6 +42,14 @@ def test_a_run_without_a_checkpoint_gives_way_to_other_settings_and_data(tmp_pat
     assert folder.state["settings"]["train"]["learning_rate"] == 0.1
 
 
+def test_other_data_alone_replace_a_run_without_a_checkpoint(tmp_path):
+    leave(tmp_path, mlflow_run="abc", fingerprint="a" * 64)
+    folder = RunFolder(tmp_path, SETTINGS)
+    before = folder.state["name"]
+    folder.begin("b" * 64)
+    assert "mlflow_run" not in folder.state and folder.state["name"] != before
+
+
 def test_other_settings_are_refused_by_name_and_nothing_is_lost(tmp_path):
     leave(tmp_path, mlflow_run="abc", checkpoint_step=5)
     with pytest.raises(OutputError, match=r"train\.learning_rate was 0\.001, is now 0\.1.*--fresh"):
