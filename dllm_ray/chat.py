@@ -120,9 +120,16 @@ def encode_text(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def decode(tokenizer, ids: Sequence[int]) -> str:
-    """The text of generated tokens, without control tokens."""
-    return tokenizer.decode(list(ids), skip_special_tokens=True)
+def decode(tokenizer, ids: Sequence[int], eot_text: str | None = None) -> str:
+    """The text of generated tokens, without control tokens.
+
+    Args:
+        tokenizer: of the model.
+        ids: token ids.
+        eot_text: the text before its first occurrence is returned (`DiffusionSpec.eot_text`).
+    """
+    text = tokenizer.decode(list(ids), skip_special_tokens=True)
+    return text if eot_text is None else text.partition(eot_text)[0].rstrip()
 
 
 def _apply(tokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> str:

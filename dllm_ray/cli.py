@@ -2,9 +2,9 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dllm_ray.config import parse
 from dllm_ray.errors import DllmRayError
@@ -31,7 +31,8 @@ def run_job(job: type[T], main: Callable[[T], None], description: str, argv: lis
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        main(parse(job, sys.argv[1:] if argv is None else argv, f"python jobs/{Path(sys.argv[0]).name}", description))
+        argv = sys.argv[1:] if argv is None else argv
+        main(parse(job, argv, f"python jobs/{Path(sys.argv[0]).name}", description, _model_defaults))
     except DllmRayError as error:
         message = f"error: {error}".encode(errors="backslashreplace").decode()  # it may quote broken Unicode
         print(message, file=sys.stderr)
@@ -40,3 +41,13 @@ def run_job(job: type[T], main: Callable[[T], None], description: str, argv: lis
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _model_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampler settings that come with the chosen model; settings of the user's own override them."""
+    path = given.get("model.path")
+    if not path or not (Path(path).expanduser() / "config.json").is_file():
+        return {}
+    from dllm_ray.models.defaults import sampler_settings
+
+    return {"sampler": sampler_settings(Path(path).expanduser())}

@@ -10,7 +10,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,9 @@ T = TypeVar("T")
 _CREDENTIALS = re.compile(r"(\w://)[^/@\s]+@")  # user:password@ of a URL
 
 
-def parse(job: type[T], argv: list[str], prog: str, description: str) -> T:
+def parse(
+    job: type[T], argv: list[str], prog: str, description: str, defaults: Callable[[Mapping[str, Any]], Mapping] = dict
+) -> T:
     """Reads the settings of one job.
 
     Args:
@@ -33,6 +35,8 @@ def parse(job: type[T], argv: list[str], prog: str, description: str) -> T:
             `--section.field value` wins over every file; `--print_config` prints the resolved settings as YAML.
         prog: how the program is called, for the help text.
         description: first lines of the help text.
+        defaults: given what files and command line set (dotted name -> value), returns a tree of settings that both
+            of them override, e.g. those that come with the chosen model.
 
     Returns:
         An instance of `job`, validated by the `__post_init__` of its parts.
@@ -49,6 +53,8 @@ def parse(job: type[T], argv: list[str], prog: str, description: str) -> T:
         loaded = load_yaml(Path(file))
         _check_keys(loaded, job, where=file)
         tree = merge(tree, loaded)
+    given = _given(tree, overrides)
+    tree = merge(_for_job(job, defaults(given)), tree)
     try:
         namespace = parser.parse_args(overrides, namespace=parser.parse_object(tree)) if tree else None
         namespace = namespace or parser.parse_args(overrides)
@@ -56,8 +62,9 @@ def parse(job: type[T], argv: list[str], prog: str, description: str) -> T:
         raise
     except Exception as error:  # jsonargparse raises several unrelated types for a value that doesn't fit
         raise ConfigError(_readable(error, keys)) from None
-    for key, text in _texts(tree, overrides, keys).items():
-        namespace[key] = text
+    for key, value in given.items():
+        if keys.get(key) == (str | None) and isinstance(value, str):
+            namespace[key] = value  # as it was given: the parser would read `# title` or `~` as null
     settings = instantiate(job, namespace)
     if print_config:
         print(to_yaml(settings), end="")
@@ -237,13 +244,19 @@ def leaf_types(cls: type, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _texts(tree: Mapping[str, Any], overrides: list[str], keys: Mapping[str, Any]) -> dict[str, str]:
-    """Values of fields that are text or null, as they were given: the parser would read `# title` or `~` as null."""
+def _given(tree: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Dotted name -> value of everything that files and command line set; the command line's are texts."""
     given = flatten(tree)
     for word in overrides:
         name, _, value = word[2:].partition("=")
         given[name] = None if value == "null" else value
-    return {name: value for name, value in given.items() if keys.get(name) == (str | None) and isinstance(value, str)}
+    return given
+
+
+def _for_job(job: type, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of the sections that a job has."""
+    hints = typing.get_type_hints(job)
+    return {section: values for section, values in defaults.items() if section in hints and values}
 
 
 def _build_parser(job: type, prog: str, description: str):

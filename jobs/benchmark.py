@@ -26,7 +26,7 @@ from dllm_ray.cli import run_job
 from dllm_ray.config import check_seed
 from dllm_ray.data.config import DataConfig
 from dllm_ray.errors import ConfigError
-from dllm_ray.models.config import ModelConfig
+from dllm_ray.models.config import LoRAConfig, ModelConfig
 from dllm_ray.objectives.config import ObjectiveConfig
 from dllm_ray.output import complete_file
 from dllm_ray.sampling.config import SamplerConfig
@@ -91,8 +91,7 @@ def benchmark_train(job: TrainBenchmark) -> None:
         spec = load.describe(job.model.scratch.architecture, tokenizer)
     else:
         load.check_path(job.model.path)
-        tokenizer = tokenizers.prepare(tokenizers.load_tokenizer(job.model.path))
-        spec = load.load_spec(job.model.path, tokenizer)
+        tokenizer, spec, _ = load.open_tokenizer(job.model.path)
     prepared = prepare.prepare(
         replace(job.data, valid_rows=0), corpus, None, tokenizer, spec.stop_token_ids, spec.pad_token_id, job.seed
     )
@@ -215,6 +214,7 @@ def _under_ray(job: TrainBenchmark, tokenizer, prepared) -> list[float]:
     train = replace(job.train, checkpoint_every=job.train.max_steps)  # nothing but steps in between
     task = trainer.TrainTask(
         model=job.model,
+        lora=LoRAConfig(),
         tokenizer=tokenizer,
         objective=job.objective,
         train=train,

@@ -74,14 +74,13 @@ def main(job: EvaluateJob) -> None:
     check_tasks(job.evaluate)
     output_dir = writable_folder(job.output_dir)
     from dllm_ray import cluster, tracking
-    from dllm_ray.models import tokenizers
+    from dllm_ray.models.load import open_tokenizer
     from dllm_ray.training.checkpoint import read_provenance
     from dllm_ray.viz.terminal import table
     from dllm_ray.workers import ModelPool
 
-    for sampler in job.samplers().values():
-        _max_prompt(job, sampler)
-    tokenizer = tokenizers.prepare(tokenizers.load_tokenizer(job.model.path))
+    tokenizer, spec, blueprint = open_tokenizer(job.model.path)
+    room = {name: _max_prompt(sampler, blueprint.max_length) for name, sampler in job.samplers().items()}
     provenance = read_provenance(job.model.path)
     store = tracking.beside_training(job.tracking, provenance)
     tags = {"dllm_ray.model": job.model.path}
@@ -98,7 +97,7 @@ def main(job: EvaluateJob) -> None:
     ):
         for name, sampler in job.samplers().items():
             folder = writable_folder(output_dir / name) if name else output_dir
-            results, figures = _evaluate(job, sampler, name, pool, tokenizer)
+            results, figures = _evaluate(job, sampler, name, pool, tokenizer, spec, room[name])
             files = _write(folder, job, sampler, results, figures)
             if name:
                 settings = to_dict(replace(job, sampler=sampler))
@@ -113,7 +112,7 @@ def main(job: EvaluateJob) -> None:
     print(f"tracking  run {run.run_id}: {tracking.ui_command(run.uri)}")
 
 
-def _evaluate(job, sampler, name, pool, tokenizer):
+def _evaluate(job, sampler, name, pool, tokenizer, spec, max_prompt):
     """lm-eval's results for one setting, and the sampler's figures."""
     from dllm_ray.evaluation.lm import DiffusionHarness
     from dllm_ray.evaluation.run import evaluate
@@ -127,8 +126,7 @@ def _evaluate(job, sampler, name, pool, tokenizer):
         progress.close()
         return outputs[-1]
 
-    max_prompt = _max_prompt(job, sampler)
-    harness = DiffusionHarness(answer, tokenizer, max_prompt, job.model.path)
+    harness = DiffusionHarness(answer, tokenizer, max_prompt, job.model.path, spec.eot_text)
     results = evaluate(harness, job.evaluate, job.seed)
     if harness.truncated:
         print(f"note      {harness.truncated} prompts were longer than {max_prompt} tokens and lost their beginning")
@@ -146,11 +144,8 @@ def _evaluate(job, sampler, name, pool, tokenizer):
     return results, figures
 
 
-def _max_prompt(job: EvaluateJob, sampler: SamplerConfig) -> int | None:
+def _max_prompt(sampler: SamplerConfig, limit: int | None) -> int | None:
     """Most tokens of a prompt that leave room for an answer; None where the model states no limit."""
-    from dllm_ray.models.load import context_length
-
-    limit = context_length(job.model.path)
     if limit is None:
         return None
     new = sampler.max_new_tokens or 1

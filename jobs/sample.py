@@ -70,24 +70,24 @@ def main(job: SampleJob) -> None:
     conversations = _conversations(job)
     output_dir = writable_folder(job.output_dir)
     from dllm_ray import chat, tracking
-    from dllm_ray.models import tokenizers
+    from dllm_ray.models.load import open_tokenizer
     from dllm_ray.training.checkpoint import read_provenance
 
     provenance = read_provenance(job.model.path)
-    tokenizer = tokenizers.prepare(tokenizers.load_tokenizer(job.model.path))
+    tokenizer, spec, blueprint = open_tokenizer(job.model.path)
     prompts = [chat.encode_prompt(tokenizer, messages) for messages in conversations]
-    _require_room(job, prompts)
+    _require_room(job, prompts, blueprint.max_length)
     store = tracking.beside_training(job.tracking, provenance)
     tags = {"dllm_ray.model": job.model.path}
     parent = provenance.get("run_id")
     with tracking.start("sample", to_dict(job), output_dir, store, tags, parent=parent) as run:
         answers = _answer_here(job, tokenizer, prompts) if job.prompt is not None else _answer_by_workers(job, prompts)
-        path = _write(output_dir, tokenizer, conversations, answers)
+        path = _write(output_dir, tokenizer, spec.eot_text, conversations, answers)
         figures = answers.figures()
         run.log({f"sampler/{name}": value for name, value in figures.items()})
         run.file(path)
     if job.prompt is not None:
-        print(chat.decode(tokenizer, answers.completions[0]))
+        print(chat.decode(tokenizer, answers.completions[0], spec.eot_text))
     print(
         f"{len(prompts)} answers in {path}: {figures['tpf']:.2f} tokens per forward, "
         f"{figures['tokens_per_s']:,.0f} tokens/s",
@@ -116,11 +116,9 @@ def _conversations(job: SampleJob) -> list[list[dict]]:
     return conversations
 
 
-def _require_room(job: SampleJob, prompts: list[list[int]]) -> None:
+def _require_room(job: SampleJob, prompts: list[list[int]], limit: int | None) -> None:
     """Makes sure that every prompt fits the model together with its answer, before any is answered."""
-    from dllm_ray.models.load import context_length
-
-    limit, new = context_length(job.model.path), job.sampler.max_new_tokens or 1
+    new = job.sampler.max_new_tokens or 1
     for number, prompt in enumerate(prompts, start=1):
         if limit is not None and len(prompt) + new > limit:
             raise DataError(
@@ -155,7 +153,7 @@ def _answer_by_workers(job: SampleJob, prompts: list[list[int]]):
     return answers
 
 
-def _write(output_dir: Path, tokenizer, conversations, answers) -> Path:
+def _write(output_dir: Path, tokenizer, eot_text, conversations, answers) -> Path:
     from dllm_ray import chat
 
     path = output_dir / "samples.jsonl"
@@ -163,7 +161,7 @@ def _write(output_dir: Path, tokenizer, conversations, answers) -> Path:
         for messages, completion, nfe in zip(conversations, answers.completions, answers.row_nfe, strict=True):
             row = {
                 "messages": messages,
-                "completion": chat.decode(tokenizer, completion),
+                "completion": chat.decode(tokenizer, completion, eot_text),
                 "completion_tokens": len(completion),
                 "nfe": nfe,
             }

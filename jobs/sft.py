@@ -20,7 +20,7 @@ from dllm_ray.cli import run_job
 from dllm_ray.config import check_seed, section, to_dict, without_secrets
 from dllm_ray.data.config import DataConfig
 from dllm_ray.errors import ConfigError
-from dllm_ray.models.config import ModelConfig
+from dllm_ray.models.config import LoRAConfig, ModelConfig
 from dllm_ray.objectives.config import ObjectiveConfig
 from dllm_ray.sampling.config import SamplerConfig
 from dllm_ray.tracking import TrackingConfig
@@ -46,6 +46,8 @@ class SFTJob:
     """Validation questions answered at the end, with the settings of `sampler`, as sample texts for MLflow."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model to start from."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Train a low-rank adapter in place of the model."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training and validation data."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -62,7 +64,9 @@ class SFTJob:
             raise ConfigError("name the training data, e.g. --data.path chats.jsonl", "data.path")
         if self.model.adapter or self.model.quantization:
             name = "model.adapter" if self.model.adapter else "model.quantization"
-            raise ConfigError("training updates all weights: it needs a model without adapter or quantization", name)
+            raise ConfigError("training starts from a model without adapter or quantization", name)
+        if self.lora.rank is not None and self.model.path is None:
+            raise ConfigError("an adapter needs a trained model under it: set model.path", "lora.rank")
         check_seed(self.seed)
         with section("sampler"):
             self.sampler.blocks()
@@ -108,7 +112,15 @@ def _train(job, folder) -> None:
             shares = _join_cluster(job, stack)
             from dllm_ray.data.mixture import map_shards as mapper
         prepared = prepare.prepare(
-            job.data, corpus, valid_corpus, tokenizer, spec.stop_token_ids, spec.pad_token_id, job.seed, mapper
+            job.data,
+            corpus,
+            valid_corpus,
+            tokenizer,
+            spec.stop_token_ids,
+            spec.pad_token_id,
+            job.seed,
+            mapper,
+            spec.padding,
         )
         print(report.data_line(prepared), flush=True)
         folder.begin(prepared.account.digest)
@@ -137,6 +149,7 @@ def _fit(job, folder, prepared, tokenizer, shares, run) -> None:
     steps, rows = trainer.total_steps(job.train, prepared.plan.rows)
     task = trainer.TrainTask(
         model=job.model,
+        lora=job.lora,
         tokenizer=tokenizer,
         objective=job.objective,
         train=job.train,
@@ -189,9 +202,8 @@ def _tokenizer_and_spec(job, folder, corpus):
 
     if job.model.path is not None:
         load.check_path(job.model.path)
-        tokenizer = tokenizers.prepare(tokenizers.load_tokenizer(job.model.path))
-        spec = load.load_spec(job.model.path, tokenizer)
-        limit = load.context_length(job.model.path)
+        tokenizer, spec, blueprint = load.open_tokenizer(job.model.path)
+        limit = blueprint.max_length
         if limit is not None and job.train.max_length > limit:
             raise ConfigError(f"{job.train.max_length} exceeds the model's context of {limit}", "train.max_length")
         return tokenizer, spec

@@ -26,9 +26,10 @@ class DataConfig:
     """Which of an assistant's turns carry loss and get masked."""
     truncation: Literal["right", "filter"] = "right"
     """Rows over `train.max_length`: cut at the end, or dropped. A row whose prompt fills it is always dropped."""
-    padding: Literal["eos", "ignore"] = "eos"
+    padding: Literal["eos", "ignore"] | None = None
     """eos: rows are filled with end-of-text tokens that are attended and carry loss, so that the model learns to stop
-    (LLaDA, arXiv 2502.09992); ignore: with padding that is neither seen nor trained."""
+    (LLaDA, arXiv 2502.09992); ignore: with padding that is neither seen nor trained. null: as the model's family does,
+    eos for most."""
     shuffle_window: int = 10_000
     """Rows shuffled together; files and their parts are visited in shuffled order beyond that."""
 

@@ -123,6 +123,7 @@ def prepare(
     pad_token_id: int,
     seed: int,
     mapper: Mapper = map,
+    padding: str = "eos",
 ) -> Prepared:
     """Surveys the data, sets validation rows aside and plans the order of training.
 
@@ -135,6 +136,7 @@ def prepare(
         pad_token_id: filler where padding is ignored.
         seed: decides the order of rows and which are held out.
         mapper: how to go over shards; `map` does it in this process.
+        padding: the model's own rule, for settings that name none.
 
     Raises:
         DataError: a broken file, or one without a usable row.
@@ -157,7 +159,7 @@ def prepare(
         valid, valid_account = _first_rows(valid_source, config.valid_rows)
         _require_usable(valid_account, _name(config.valid_path))
     remaining = tuple(survey.account.usable - len(rows) for survey, rows in zip(surveys, held_out, strict=True))
-    supervised = config.padding == "eos"
+    supervised = (config.padding or padding) == "eos"
     return Prepared(
         source=source,
         held_out=held_out,

@@ -31,14 +31,16 @@ class DiffusionHarness(LM):
         tokenizer: of the model.
         max_prompt: most tokens of a prompt; longer ones lose their beginning, and are counted. None: no limit.
         name: the model's name, for the harness's records.
+        eot_text: text that ends an answer, where no single token does.
     """
 
-    def __init__(self, answer: Answerer, tokenizer, max_prompt: int | None, name: str):
+    def __init__(self, answer: Answerer, tokenizer, max_prompt: int | None, name: str, eot_text: str | None = None):
         super().__init__()
         self._answer = answer
         self._tokenizer = tokenizer
         self._max_prompt = max_prompt
         self._name = name
+        self._eot_text = eot_text
         self._chats: dict[str, list[int]] = {}  # rendered conversation -> its token ids
         self.truncated = 0
         """Prompts that lost their beginning."""
@@ -48,7 +50,7 @@ class DiffusionHarness(LM):
         output = self._answer(prompts)
         texts = []
         for request, completion in zip(requests, output.completions, strict=True):
-            text = _cut(chat.decode(self._tokenizer, completion), request.args[1].get("until"))
+            text = _cut(chat.decode(self._tokenizer, completion, self._eot_text), request.args[1].get("until"))
             self.cache_hook.add_partial("generate_until", request.args, text)
             texts.append(text)
         return texts

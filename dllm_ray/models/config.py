@@ -53,6 +53,8 @@ class ModelConfig:
     """Type the weights are held in; `auto` keeps the checkpoint's."""
     quantization: Literal["4bit", "8bit"] | None = None
     """Load the linear layers through bitsandbytes in 4-bit NF4 or in 8 bits."""
+    device_map: str | None = None
+    """Spread the layers over a worker's devices: `auto`, `balanced` or `sequential`; null: all on its own device."""
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
     """The model to build when `path` is null."""
 
@@ -60,6 +62,29 @@ class ModelConfig:
         self.path, self.adapter = (path and expand_home(path) for path in (self.path, self.adapter))
         if self.path is None and (self.adapter or self.quantization):
             raise ConfigError("an adapter or quantization needs a model to load: set model.path", "path")
+
+
+@dataclass
+class LoRAConfig:
+    """Low-rank adaptation (arXiv 2106.09685) in place of training every weight."""
+
+    rank: int | None = None
+    """Rank of the update of each adapted matrix; null trains every weight of the model instead."""
+    alpha: float = 16.0
+    """The update is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout in front of the update."""
+    targets: list[str] | None = None
+    """Names (or ends of names) of the linear modules to adapt; [all-linear]: all but the head. null: those that the
+    family's own recipe adapts."""
+
+    def __post_init__(self):
+        if self.rank is not None and self.rank < 1:
+            raise ConfigError(f"must be at least 1, got {self.rank}", "rank")
+        if not self.alpha > 0:
+            raise ConfigError(f"must be above 0, got {self.alpha}", "alpha")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"must lie in [0, 1), got {self.dropout}", "dropout")
 
 
 def expand_home(path: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dllm_ray.models.attention import additive, block_causal
 from dllm_ray.models.spec import CONFIG_KEY, DiffusionSpec
 
 # Families that count positions from padding_idx + 1 and would skip padding tokens, which a DLM may attend.
@@ -23,11 +24,16 @@ class LogitsModule(nn.Module):
     The hidden states that leave the trunk are gathered before the head sees them. This works for every architecture
     whose head acts on each position by itself, keeps soft caps and scales of the head's own forward, and never makes
     a [B, T, V] tensor.
+
+    Args:
+        model: a masked LM, or a decoder whose attention was made bidirectional.
+        block_size: the block size of a model with block-causal attention; None: every position sees every other.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, block_size: int | None = None):
         super().__init__()
         self.model = model
+        self._block_size = block_size
         base = _without_adapter(model)
         self._trunk = [base.base_model]  # in a list: it is part of `model` and must not be registered twice
         self._is_decoder = is_decoder(base)
@@ -37,10 +43,11 @@ class LogitsModule(nn.Module):
     def forward(
         self,
         input_ids: Tensor,  # [B, T]
-        attention_mask: Tensor | None = None,  # [B, T] or [B or 1, 1, T, T]; None: every position attends everywhere
+        attention_mask: Tensor | None = None,  # [B, T] of positions that may be seen, or [B or 1, 1, T, T] as given
         position_ids: Tensor | None = None,  # [B, T]; None: 0, 1, 2, ...
         positions: Tensor | None = None,  # [N], indices into the flattened [B * T] grid; None: all
     ) -> Tensor:  # [N, V], or [B, T, V] when positions is None
+        attention_mask = self._attention(input_ids, attention_mask, position_ids)
         arguments = {"input_ids": input_ids, "attention_mask": attention_mask}
         if self._position_offset:
             if position_ids is None:
@@ -70,6 +77,18 @@ class LogitsModule(nn.Module):
         # A few architectures (OPT) call into their trunk past its forward; then the head saw every position.
         return logits.squeeze(0) if gathered else logits.flatten(0, 1).index_select(0, positions)
 
+    def _attention(self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
+        if self._block_size is not None and (mask is None or mask.dim() == 2):
+            grid = position_ids
+            if grid is None:
+                grid = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+            mask = block_causal(grid, self._block_size, mask)
+        if mask is None or mask.dim() == 2 or mask.is_floating_point():
+            return mask
+        mask = mask.bool()
+        # "eager" adds a mask to the scores, and would take true for 1.0
+        return additive(mask, self._trunk[0].dtype) if _is_eager(self._trunk[0].config) else mask
+
 
 class DiffusionLM:
     """What everything else works with: `model`, `tokenizer` and `spec`.
@@ -85,7 +104,7 @@ class DiffusionLM:
         self.model = model
         self.tokenizer = tokenizer
         self.spec = spec
-        self.module = module if module is not None else LogitsModule(model)
+        self.module = module if module is not None else LogitsModule(model, spec.block_size)
 
     @property
     def device(self) -> torch.device:
@@ -109,7 +128,8 @@ class DiffusionLM:
 
         Args:
             input_ids: [B, T] token ids.
-            attention_mask: [B, T], 1 for positions that may be seen; or a 4-D mask; None when all may.
+            attention_mask: [B, T], 1 for positions that may be seen, on top of the spec's attention pattern; None when
+                all may. A 4-D mask [B or 1, 1, T, T], true where a query sees a key, is taken as it is.
             position_ids: [B, T]; None counts from 0.
             positions: [N] positions of interest, as indices into the flattened [B * T] grid; None for all.
             shift: read the logits one position to the left (position 0 reads its own); None: as the spec says.
@@ -125,11 +145,21 @@ class DiffusionLM:
         return torch.cat([logits_BTV[:, :1], logits_BTV[:, :-1]], dim=1)
 
     def save(self, directory: str | Path) -> None:
-        """Writes a plain Hugging Face directory, with the spec under `"diffusion"` in `config.json`."""
-        setattr(_without_adapter(self.model).config, CONFIG_KEY, self.spec.to_dict())
-        self.model.save_pretrained(directory)
+        """Writes a plain Hugging Face directory, with the spec under `"diffusion"` in `config.json`; of a model with a
+        PEFT adapter, the adapter's directory, which names its base."""
+        if hasattr(self.model, "get_base_model"):
+            from dllm_ray.models.adapters import save_adapter
+
+            save_adapter(self.model, directory)
+        else:
+            self._save_model(directory)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
+
+    def _save_model(self, directory: str | Path) -> None:
+        setattr(self.model.config, CONFIG_KEY, self.spec.to_dict())
+        # the published layout that a model was loaded from is written by jobs/convert.py, together with its config
+        self.model.save_pretrained(directory, save_original_format=False)
 
 
 def is_decoder(model: nn.Module) -> bool:
@@ -148,6 +178,10 @@ def usable_positions(config) -> int | None:
 def position_offset(model_type: str, pad_token_id: int | None) -> int:
     """Position embeddings that a family leaves unused before the first token's."""
     return (pad_token_id or 0) + 1 if model_type in _OFFSET_POSITIONS else 0
+
+
+def _is_eager(config) -> bool:
+    return getattr(config, "_attn_implementation", None) == "eager"
 
 
 def _without_adapter(model: nn.Module) -> nn.Module:

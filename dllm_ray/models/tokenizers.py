@@ -4,9 +4,12 @@ Knows nothing of models or of training; `dllm_ray.chat` turns conversations into
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from dllm_ray.errors import ModelError
+from dllm_ray.models.checkpoint import find
+from dllm_ray.models.families import Family
 
 logger = logging.getLogger(__name__)
 
@@ -27,16 +30,26 @@ DEFAULT_CHAT_TEMPLATE = (
 """For tokenizers without a chat template: a role marker, the text, and the end-of-text token that ends the turn."""
 
 
-def load_tokenizer(path: str):
-    """The tokenizer of a directory or hub id.
+def load_tokenizer(path: str, native: str | None = None):
+    """The tokenizer of a directory or hub id; no code that lies beside it is ever run.
+
+    Args:
+        path: where it lies.
+        native: for a published family, the `model_type` of the transformers architecture it maps onto: its own config
+            names classes that transformers doesn't have.
 
     Raises:
         ModelError: there is none, or it can't be read.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        if native is None:
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if find(path, "tokenizer.json") is not None:
+            return PreTrainedTokenizerFast.from_pretrained(path)
+        return tokenizer_class_from_name(TOKENIZER_MAPPING_NAMES[native]).from_pretrained(path)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and others here
         raise ModelError(
             f"{path}: no tokenizer could be loaded from it (expected tokenizer.json or the files of a tokenizer "
@@ -89,14 +102,22 @@ def train_bpe(texts: Iterable[str], vocab_size: int):
     return fast
 
 
-def prepare(tokenizer):
+def prepare(tokenizer, family: Family | None = None, config: Mapping[str, Any] | None = None):
     """Adds, in place, what a diffusion model needs and the tokenizer lacks; says so in the log.
 
-    A mask token is added when there is none. A missing end-of-text token is taken from the padding token, as the
-    published BERT chat models do, and a missing padding token from end-of-text. A missing chat template becomes
-    `DEFAULT_CHAT_TEMPLATE`.
+    A published family's mask token is the one that its config names, else the tokenizer's, else the family's; any other
+    tokenizer without one gets a new one. A missing end-of-text token is taken from the padding token, as the published
+    BERT chat models do, and a missing padding token from end-of-text. The chat template is the family's where the
+    tokenizer has none or a wrong one, else its own, else `DEFAULT_CHAT_TEMPLATE`.
+
+    Args:
+        tokenizer: from `load_tokenizer` or `train_bpe`.
+        family: what the model is, if it is one of the published families.
+        config: its config.json.
     """
-    if tokenizer.mask_token is None:
+    if family is not None and not family.is_native:
+        _name_mask(tokenizer, family, config or {})
+    elif tokenizer.mask_token is None and not (family is not None and family.uniform_noise):
         tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
         logger.info("the tokenizer has no mask token: %s is token %d", MASK_TOKEN, tokenizer.mask_token_id)
     if tokenizer.eos_token is None:
@@ -104,9 +125,50 @@ def prepare(tokenizer):
         logger.info("the tokenizer has no end-of-text token: %s takes its part", tokenizer.eos_token)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if family is not None and family.chat_template and (family.replace_template or tokenizer.chat_template is None):
+        tokenizer.chat_template = family.chat_template
     if tokenizer.chat_template is None:
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+    if family is not None and family.thinking_off:
+        tokenizer.chat_template = _without_thinking(tokenizer.chat_template)
     return tokenizer
+
+
+def mask_id(tokenizer, family: Family | None, config: Mapping[str, Any]) -> int | None:
+    """The mask token's id, from a prepared tokenizer and what is published; None where noise is uniform."""
+    if family is not None and family.uniform_noise:
+        return None
+    if family is not None and not family.is_native and config.get("mask_token_id") is not None:
+        return config["mask_token_id"]
+    if tokenizer.mask_token_id is not None:
+        return tokenizer.mask_token_id
+    return family.mask_token_id if family is not None else None
+
+
+def _name_mask(tokenizer, family: Family, config: Mapping[str, Any]) -> None:
+    """Makes the tokenizer name the mask token that the model was trained with."""
+    wanted = config.get("mask_token_id")
+    if wanted is None and tokenizer.mask_token is not None:
+        return
+    if wanted is None and family.mask_token in tokenizer.get_vocab():
+        tokenizer.mask_token = family.mask_token
+        return
+    if wanted is None:
+        wanted = family.mask_token_id
+    if wanted is None or wanted == len(tokenizer):
+        tokenizer.add_special_tokens({"mask_token": family.mask_token or MASK_TOKEN})
+        return
+    token = tokenizer.convert_ids_to_tokens(wanted) if wanted < len(tokenizer) else None
+    if token is not None and token != tokenizer.mask_token:
+        tokenizer.mask_token = token
+
+
+def _without_thinking(template: Any) -> Any:
+    """A template that leaves the thinking block empty unless it is asked for."""
+    switch = "{%- if enable_thinking is not defined %}{%- set enable_thinking = false %}{%- endif %}"
+    if not isinstance(template, str) or "enable_thinking" not in template or template.startswith(switch):
+        return template
+    return switch + template
 
 
 def end_of_turn_id(tokenizer) -> int | None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dllm_ray.errors import ConfigError
 from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.models.spec import IGNORE_INDEX, DiffusionSpec
 from dllm_ray.objectives.config import ObjectiveConfig
@@ -70,6 +71,9 @@ class MDLM:
             front unless every row already begins without one, so that the first token has a left neighbour.
         time_epsilon: times are drawn from [time_epsilon, 1).
         stratified: one time from each of B equal slices of (0, 1), in random order, instead of B independent times.
+
+    Raises:
+        ConfigError: an unknown setting, or a model without a mask token.
     """
 
     def __init__(
@@ -85,6 +89,8 @@ class MDLM:
         settings = ObjectiveConfig(
             schedule=schedule, weight=weight, norm=norm, time_epsilon=time_epsilon, stratified=stratified
         )
+        if spec.mask_token_id is None:
+            raise ConfigError(f"{spec.family} has no mask token: its noise is drawn from the whole vocabulary", "name")
         self.spec = spec
         self.config = settings
         self.schedule = alpha_schedule(schedule)

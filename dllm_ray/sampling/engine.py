@@ -104,6 +104,11 @@ class Engine:
         trace: bool = False,
         events: bool = False,
     ):
+        if lm.spec.mask_token_id is None:
+            raise ModelError(
+                f"{lm.spec.family} has no mask token (its noise is drawn from the whole vocabulary), so it can't be "
+                "denoised by committing masked positions; lm.model.generate of transformers samples it"
+            )
         self.lm = lm
         self.max_rows = max_rows
         self.shift_logits = shift_logits

@@ -53,13 +53,13 @@ class Sampler:
 
     Args:
         lm: the model.
-        config: the settings; None: the defaults of `SamplerConfig`.
+        config: the settings; None: the model's own (`spec.sampler`), and the defaults of `SamplerConfig` for the rest.
         max_rows: most rows denoised together; the others follow as rows finish. None: all at once.
     """
 
     def __init__(self, lm: DiffusionLM, config: SamplerConfig | None = None, max_rows: int | None = None):
         self.lm = lm
-        self.config = config or SamplerConfig()
+        self.config = config or SamplerConfig(**lm.spec.sampler)
         self.max_rows = max_rows
 
     def sample(
@@ -109,25 +109,45 @@ class Sampler:
             new = config.max_length - longest
             if new < 1:
                 raise ConfigError(f"{config.max_length} leaves no room beside a prompt of {longest}", "max_length")
-        block, steps = config.blocks(new)
-        return [
-            Row(
+        rows = []
+        for key, (prompt, seed) in enumerate(zip(prompts, self._seeds(len(prompts), seeds), strict=True)):
+            start, block, steps = self._blocks(len(prompt), new)
+            row = Row(
                 tokens=prompt + [self.lm.spec.mask_token_id] * new,
                 open=[False] * len(prompt) + [True] * new,
                 config=config,
-                block_start=len(prompt),
+                block_start=start,
                 block_size=block,
                 steps_per_block=steps,
                 seed=seed,
                 early_stop=config.eos_early_stop,
                 key=key,
             )
-            for key, (prompt, seed) in enumerate(zip(prompts, self._seeds(len(prompts), seeds), strict=True))
-        ]
+            rows.append(row)
+        return rows
+
+    def _blocks(self, prompt: int, new: int) -> tuple[int, int, int]:
+        """Where the first block of an answer begins, the size of a block, and most steps for each."""
+        spec, config = self.lm.spec, self.config
+        if spec.block_size is None:
+            return prompt, *config.blocks(new)
+        # The model's own grid starts at position 0: the end of the prompt shares its block with the first new tokens.
+        size = self._grid()
+        first = prompt // size
+        return first * size, size, config.steps_in_block(-(-(prompt + new) // size) - first)
+
+    def _grid(self) -> int:
+        """Block size of a model with block-causal attention."""
+        own, asked = self.lm.spec.block_size, self.config.block_size
+        if asked is not None and own % asked:
+            raise ConfigError(
+                f"{asked} doesn't divide the {own} positions of a block of this model's attention", "block_size"
+            )
+        return asked or own
 
     def _gaps(self, rows: Sequence[Sequence[int]], seeds: Sequence[int] | None) -> list[Row]:
         longest = max(map(len, rows), default=0)
-        block = self.config.block_size or max(longest, 1)
+        block = self.config.block_size or max(longest, 1) if self.lm.spec.block_size is None else self._grid()
         # Counted over the longest row, so that `steps` bounds the whole call; steps_per_block is each row's own.
         steps = self.config.steps_in_block(max(-(-longest // block), 1))
         mask = self.lm.spec.mask_token_id

@@ -83,11 +83,12 @@ class Watcher:
 
     def _on_start(self, step: int, event: Mapping[str, Any]) -> None:
         self.parameters, self.architecture = event["parameters"], event["architecture"]
+        trained = "" if event["trainable"] == self.parameters else f", {event['trainable']:,} of them trained"
         where = f"{event['workers']} worker{'s' if event['workers'] > 1 else ''} on {event['device']}"
         began = f"from step {step} of" if step else "for"
         if self._progress is None:
             self._progress = Progress("train", self._steps, "step", step)
-            print(f"model     {self.architecture}, {self.parameters:,} parameters", flush=True)
+            print(f"model     {self.architecture}, {self.parameters:,} parameters{trained}", flush=True)
         self._progress.note(f"train     {began} {self._steps} steps with {where}")
         self._run.tag({"dllm_ray.parameters": self.parameters})
 

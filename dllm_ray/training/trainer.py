@@ -27,7 +27,8 @@ from dllm_ray.data.batches import PaddingRule, deal, pad
 from dllm_ray.data.mixture import GlobalBatches, TrainStream, WorkerBatches
 from dllm_ray.data.tokenize import TokenRows
 from dllm_ray.errors import ConfigError, DllmRayError, TrainingError
-from dllm_ray.models.config import ModelConfig
+from dllm_ray.models.adapters import add_lora
+from dllm_ray.models.config import LoRAConfig, ModelConfig
 from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.models.load import open_model
 from dllm_ray.models.spec import IGNORE_INDEX
@@ -56,6 +57,7 @@ class TrainTask:
     """Everything a worker needs to know."""
 
     model: ModelConfig
+    lora: LoRAConfig
     tokenizer: Any
     objective: ObjectiveConfig
     train: TrainConfig
@@ -206,6 +208,8 @@ class _Worker:
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(task.train.threads_per_worker or max(cores // self.context.get_local_world_size(), 1))
         lm = open_model(task.model, task.tokenizer, task.seed, str(device))
+        if task.lora.rank is not None:
+            lm = add_lora(lm, task.lora, task.seed)
         self.strategy: Strategy = wrap(lm, task.train)
         self.objective = build_objective(task.objective, self.strategy.lm)
         self.valid_nll: float | None = None
@@ -221,6 +225,7 @@ class _Worker:
             device=str(self.strategy.lm.device),
             architecture=type(model).__name__,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
+            trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         )
         if step == 0:
             self._validate(step)
@@ -364,8 +369,8 @@ def sample_texts(lm: DiffusionLM, rows: TokenRows, count: int, config: SamplerCo
     return [
         {
             "prompt": chat.decode(lm.tokenizer, prompt),
-            "expected": chat.decode(lm.tokenizer, answer),
-            "sampled": chat.decode(lm.tokenizer, sampled),
+            "expected": chat.decode(lm.tokenizer, answer, lm.spec.eot_text),
+            "sampled": chat.decode(lm.tokenizer, sampled, lm.spec.eot_text),
         }
         for prompt, answer, sampled in zip(prompts, answers, output.completions, strict=True)
     ]

@@ -43,7 +43,7 @@ def play(watcher):
     watcher.on_events(
         [
             {"kind": "start", "step": 0, "workers": 2, "device": "cpu", "architecture": "BertForMaskedLM",
-             "parameters": 1000},
+             "parameters": 1000, "trainable": 1000},
             {"kind": "valid", "step": 0, "values": {"valid/nll": 3.0, "valid/ppl": 20.1}},
             {"kind": "metrics", "step": 10, "values": values},
             {"kind": "checkpoint", "step": 10},

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dllm_ray.models.adapters import restore
 from dllm_ray.models.lm import DiffusionLM
-from dllm_ray.models.load import load
 from dllm_ray.training.config import TrainConfig
 from dllm_ray.training.optimizer import build_optimizer
 
@@ -61,6 +61,5 @@ class DDP:
             torch.save(self.optimizer.state_dict(), directory / _OPTIMIZER)
 
     def load(self, directory: Path) -> None:
-        saved = load(directory, dtype=str(self.lm.model.dtype).removeprefix("torch."))
-        self.lm.model.load_state_dict(saved.model.state_dict())
+        restore(self.lm, directory)
         self.optimizer.load_state_dict(torch.load(directory / _OPTIMIZER, map_location="cpu", weights_only=True))

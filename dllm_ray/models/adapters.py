@@ -1,0 +1,182 @@
+"""Light-weight variants of a model through PEFT and bitsandbytes: LoRA adapters, and weights in 4 or 8 bits."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from dllm_ray.errors import ModelError
+from dllm_ray.models import families
+from dllm_ray.models.checkpoint import Checkpoint, whole
+from dllm_ray.models.config import LoRAConfig
+from dllm_ray.models.lm import DiffusionLM
+from dllm_ray.models.tokenizers import first_line
+
+ADAPTER_CONFIG = "adapter_config.json"
+_BASE = "diffusion_base.json"
+"""Beside an adapter: which model it belongs to, beyond the name."""
+
+
+def quantization_config(kind: str, dtype: str):
+    """bitsandbytes settings for `4bit` (NF4) or `8bit`.
+
+    Raises:
+        ModelError: another kind.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if kind == "4bit":
+        compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    raise ModelError(f"quantization {kind!r} is unknown; expected 4bit or 8bit")
+
+
+def add_lora(lm: DiffusionLM, config: LoRAConfig, seed: int) -> DiffusionLM:
+    """The model with a fresh LoRA adapter, whose weights are the only ones that train.
+
+    Args:
+        lm: a model without an adapter.
+        config: what to adapt, and how; `rank` is set.
+        seed: seeds the adapter's weights; torch's global generator is left as it was.
+
+    Raises:
+        ModelError: no module has such a name.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    family = families.by_name(lm.spec.family)
+    targets = config.targets or (family.lora_targets if family is not None else "all-linear")
+    if targets in (["all-linear"], ("all-linear",)):
+        targets = "all-linear"
+    settings = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+    )
+    made_for = fingerprint(lm)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = get_peft_model(lm.model, settings)
+    except ValueError as error:
+        raise ModelError(
+            f"lora.targets {targets!r} fit no module of {type(lm.model).__name__}: {first_line(error)}"
+        ) from None
+    model.base_fingerprint = made_for
+    return DiffusionLM(model, lm.tokenizer, lm.spec)
+
+
+def base_of(adapter: str) -> str:
+    """The model that an adapter directory names as its base.
+
+    Raises:
+        ModelError: no readable adapter, or it names none.
+    """
+    settings = _settings(adapter)
+    base = settings.get("base_model_name_or_path")
+    if not base:
+        raise ModelError(f"{adapter}: {ADAPTER_CONFIG} names no base model; load the base and pass this as its adapter")
+    return base
+
+
+def add_adapter(lm: DiffusionLM, adapter: str) -> DiffusionLM:
+    """The model with a saved adapter on top.
+
+    Raises:
+        ModelError: no adapter there, or it belongs to another model.
+    """
+    from peft import PeftModel
+
+    settings = _settings(adapter)
+    recorded = Path(adapter) / _BASE
+    here = fingerprint(lm)
+    if recorded.is_file():
+        _check_base(lm, adapter, here, json.loads(recorded.read_text(encoding="utf-8")), settings)
+    try:
+        model = PeftModel.from_pretrained(lm.model, adapter)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(
+            f"{adapter}: the adapter, made for {settings.get('base_model_name_or_path')}, doesn't fit "
+            f"{lm.model.name_or_path} ({type(lm.model).__name__}): {_shapes(error)}"
+        ) from error
+    model.base_fingerprint = here
+    return DiffusionLM(model, lm.tokenizer, lm.spec)
+
+
+def save_adapter(model, directory: str | Path) -> None:
+    """Writes a PEFT adapter directory, with a note of which model it belongs to beyond the base's name."""
+    model.save_pretrained(directory, save_embedding_layers=False)
+    (Path(directory) / _BASE).write_text(json.dumps(model.base_fingerprint, indent=2), encoding="utf-8")
+
+
+def restore(lm: DiffusionLM, directory: str | Path) -> None:
+    """Overwrites the weights of a model, or of its adapter, with those that `DiffusionLM.save` wrote."""
+    if has_adapter(lm.model):
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(lm.model, load_peft_weights(str(directory), device="cpu"))
+        return
+    stored = Checkpoint(str(directory)).tensors
+    tied = getattr(lm.model, "all_tied_weights_keys", None) or {}
+    with torch.no_grad():
+        for name, tensor in lm.model.state_dict().items():
+            if name in stored or name not in tied:
+                tensor.copy_(whole(stored[name]).read())
+
+
+def has_adapter(model) -> bool:
+    """Whether a model carries a PEFT adapter."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def fingerprint(lm: DiffusionLM) -> dict:
+    """Family, architecture and sizes of a model, and numbers out of its embeddings, which no quantization changes."""
+    table = lm.model.get_input_embeddings().weight
+    rows = torch.linspace(0, min(len(table), 256) - 1, 16, device=table.device).long()
+    sample = table[rows, : min(2, table.shape[1])].detach().float().flatten().cpu()
+    config = lm.model.config.get_text_config()
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    return {
+        "family": lm.spec.family,
+        "architecture": type(lm.model).__name__,
+        **{name: getattr(config, name, None) for name in sizes},
+        "embeddings": [float(f"{value:.4g}") for value in sample.tolist()],
+    }
+
+
+def merge(lm: DiffusionLM) -> DiffusionLM:
+    """The model with its adapter's updates added to the weights."""
+    return DiffusionLM(lm.model.merge_and_unload(), lm.tokenizer, lm.spec)
+
+
+def _settings(adapter: str) -> dict:
+    file = Path(adapter) / ADAPTER_CONFIG
+    if not file.is_file():
+        raise ModelError(f"{adapter}: no {ADAPTER_CONFIG} in it; expected a PEFT adapter directory")
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file}: is not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ModelError(f"{file}: holds a {type(settings).__name__}; expected a mapping")
+    return settings
+
+
+def _check_base(lm: DiffusionLM, adapter: str, here: dict, made_for: dict, settings: dict) -> None:
+    differing = [name for name in here if name != "embeddings" and here[name] != made_for.get(name)]
+    ours, theirs = (torch.tensor(values.get("embeddings", [])) for values in (here, made_for))
+    same = ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=2e-2, atol=1e-3)
+    if differing or not same:
+        found = ", ".join(f"{name} {here[name]!r}, expected {made_for.get(name)!r}" for name in differing)
+        raise ModelError(
+            f"{adapter}: the adapter was made for another base model, {settings.get('base_model_name_or_path')}; "
+            f"{lm.model.name_or_path} has {found or 'other weights'}"
+        )
+
+
+def _shapes(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+    return lines[0] if lines else first_line(error)

@@ -1,0 +1,342 @@
+"""Turns one model directory into another, tensor by tensor: published layouts to native ones and back, autoregressive
+models to diffusion models, training checkpoints to plain directories, adapters into their base.
+
+Never holds more than one tensor, except where a model has to be run through PEFT or gets a new head.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from glob import escape
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from torch import Tensor
+
+from dllm_ray.errors import ModelError, OutputError
+from dllm_ray.models import mapping, probe
+from dllm_ray.models.adapters import merge
+from dllm_ray.models.checkpoint import INDEX, Assembled, Checkpoint, Readable, write_safetensors
+from dllm_ray.models.lm import DiffusionLM
+from dllm_ray.models.load import (
+    Blueprint,
+    load,
+    mean_rows,
+    resolve,
+    rows_needed,
+    spec_of,
+    state_for,
+    vocabulary_tensors,
+)
+from dllm_ray.models.spec import CONFIG_KEY, ORIGINAL_KEY, DiffusionSpec
+from dllm_ray.output import replace_directory
+
+OnProgress = Callable[[int, int], None]
+"""Called with the bytes written so far, and all of them."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a native directory is to be."""
+
+    objective: str = "native"
+    """native: as the checkpoint was trained; mdlm: full attention; bd3lm: block-causal attention."""
+    block_size: int = 32
+    """Block size of bd3lm."""
+    shift_logits: bool | None = None
+    """Whether logits predict the token to their right; None: as the checkpoint says."""
+
+    def spec(self, spec: DiffusionSpec) -> DiffusionSpec:
+        """The spec of a converted model."""
+        changes: dict[str, Any] = {}
+        if self.shift_logits is not None:
+            changes["shift_logits"] = self.shift_logits
+        if self.objective == "mdlm" and spec.attention != "full":
+            blocks = ("block_size", "steps_per_block")
+            kept = {name: value for name, value in spec.sampler.items() if name not in blocks}
+            changes |= {"attention": "full", "block_size": None, "sampler": kept}
+        if self.objective == "bd3lm":
+            blocks = {"block_size": self.block_size, "steps_per_block": self.block_size}
+            changes |= {
+                "attention": "block_causal",
+                "block_size": self.block_size,
+                "sampler": dict(spec.sampler) | blocks,
+            }
+        return dataclasses.replace(spec, **changes)
+
+
+def to_native(
+    path: str,
+    directory: Path,
+    target: Target,
+    dtype: str = "auto",
+    shard_bytes: int = 4 << 30,
+    on_progress: OnProgress | None = None,
+) -> None:
+    """Writes any checkpoint that `load` takes as a native directory.
+
+    Args:
+        path: a model directory, hub id, or training checkpoint (whole, or in the pieces of several workers).
+        directory: an empty directory to fill.
+        target: what the result is to be.
+        dtype: type of the written weights; `auto` keeps the checkpoint's.
+        shard_bytes: most bytes in a weight file.
+        on_progress: told of progress.
+
+    Raises:
+        ModelError: the checkpoint can't be converted.
+    """
+    checkpoint = Checkpoint(path)
+    blueprint = resolve(checkpoint)
+    if blueprint.is_decoder:
+        probe.check_architecture(blueprint.model_class, blueprint.config)
+    tokenizer = blueprint.tokenizer()
+    known = rows_needed(tokenizer)
+    tokenizer = blueprint.prepare(tokenizer)
+    spec = target.spec(spec_of(blueprint, tokenizer))
+    skeleton = blueprint.skeleton()
+    state = _direct(checkpoint, blueprint, skeleton)
+    if state is None:  # names or a head that only transformers can sort out: load it, and save it
+        lm = load(path, dtype=dtype)
+        DiffusionLM(lm.model, lm.tokenizer, spec).save(directory)
+        return
+    tensors: dict[str, Readable] = dict(state)
+    rows = _grow(tensors, skeleton, known, rows_needed(tokenizer))
+    if dtype != "auto":
+        tensors = {name: _Cast(tensor, getattr(torch, dtype)) for name, tensor in tensors.items()}
+    config = blueprint.config
+    config.get_text_config().vocab_size = rows
+    config.architectures = [blueprint.model_class.__name__]
+    config.dtype = _main_dtype(tensors)
+    setattr(config, CONFIG_KEY, spec.to_dict())
+    _write_weights(directory, tensors, shard_bytes, on_progress)
+    tokenizer.save_pretrained(directory)
+    config.save_pretrained(directory)
+
+
+def to_original(path: str, directory: Path, shard_bytes: int = 4 << 30, on_progress: OnProgress | None = None) -> None:
+    """Writes a native directory in its family's published layout.
+
+    Args:
+        path: a directory that `DiffusionLM.save` or `to_native` wrote.
+        directory: an empty directory to fill.
+        shard_bytes: most bytes in a weight file.
+        on_progress: told of progress.
+
+    Raises:
+        ModelError: the directory didn't begin as a published checkpoint, or its tensors are not complete.
+    """
+    checkpoint = Checkpoint(path)
+    blueprint = resolve(checkpoint)
+    original = checkpoint.config.get(ORIGINAL_KEY)
+    family = blueprint.family
+    if family is None or family.is_native or not isinstance(original, dict):
+        kind = blueprint.config.model_type
+        raise ModelError(
+            f"{path}: is no converted checkpoint of a published family: its own layout, that of transformers' {kind}, "
+            "is the only one it has"
+        )
+    skeleton = blueprint.skeleton()
+    state = _direct(checkpoint, blueprint, skeleton)
+    if state is None:
+        raise ModelError(
+            f"{path}: its tensors are not those of {blueprint.model_class.__name__}; load and save it first"
+        )
+    tensors = mapping.to_original(family.rules, state)
+    rows = state[vocabulary_tensors(skeleton)[0]].shape[0]
+    config = original | {name: rows for name in family.vocabulary if name in original}
+    for name in ("dtype", "torch_dtype"):
+        if name in config:
+            config[name] = str(_main_dtype(tensors)).removeprefix("torch.")
+    _write_weights(directory, tensors, shard_bytes, on_progress)
+    blueprint.tokenizer().save_pretrained(directory)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def merge_adapter(path: str, adapter: str, directory: Path, target: Target, dtype: str = "auto") -> None:
+    """Writes a native directory of a model with its adapter's updates added to the weights.
+
+    Raises:
+        ModelError: the adapter doesn't fit.
+    """
+    lm = merge(load(path, dtype=dtype, adapter=adapter))
+    DiffusionLM(lm.model, lm.tokenizer, target.spec(lm.spec)).save(directory)
+
+
+@contextmanager
+def new_directory(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary directory that becomes `target` when the block ends without an error; else it goes away.
+
+    Args:
+        target: the directory to make.
+        overwrite: replace one that is there.
+
+    Raises:
+        OutputError: it is there already, or can't be made.
+    """
+    if target.exists() and not overwrite:
+        raise OutputError(f"{target} exists; name another --output_dir, or replace it with --overwrite")
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{target} is a file; name another --output_dir")
+    host = socket.gethostname()
+    temporary = target.with_name(f".{target.name}.{host}.{os.getpid()}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for stale in target.parent.glob(f".{escape(target.name)}.{host}.*.partial"):
+            if not _alive(int(stale.name.split(".")[-2])):
+                shutil.rmtree(stale, ignore_errors=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise OutputError(f"{target} can't be written: {error.strerror or error}") from None
+    try:
+        yield temporary
+        replace_directory(temporary, target)
+    except OSError as error:
+        raise OutputError(f"{target} can't be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def description(path: str) -> str:
+    """What a checkpoint is, what it would become, and how its tensors map: lines for people.
+
+    Raises:
+        ModelError: it can't be loaded.
+    """
+    checkpoint = Checkpoint(path)
+    blueprint = resolve(checkpoint)
+    spec = spec_of(blueprint, blueprint.prepare(blueprint.tokenizer()))
+    skeleton = blueprint.skeleton()
+    parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+    family = blueprint.family.name if blueprint.family is not None else "none of the published diffusion families"
+    layout = "published layout, mapped while loading" if blueprint.is_published else "native layout"
+    stored = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()})
+    text = blueprint.config.get_text_config()
+    sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    lines = [
+        f"family        {family} ({layout})",
+        f"architecture  {blueprint.model_class.__name__}",
+        f"parameters    {parameters:,}",
+        f"weights       {len(checkpoint.tensors):,} tensors, {checkpoint.nbytes:,} bytes, {', '.join(stored)}",
+        *(f"{name:<20}{getattr(text, name)}" for name in sizes if getattr(text, name, None) is not None),
+        f"{'context':<20}{blueprint.max_length}",
+        "spec",
+        *(f"  {name:<18}{value}" for name, value in spec.to_dict().items()),
+    ]
+    state = state_for(checkpoint, blueprint)
+    if blueprint.is_published:
+        lines.append("tensors (published -> native, native tensors)")
+        for original, native, count in mapping.summary(blueprint.family.rules, state):
+            lines.append(f"  {original} -> {native} ({count})")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Cast:
+    """A tensor in another floating-point type."""
+
+    tensor: Readable
+    to: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.to if self.tensor.dtype.is_floating_point else self.tensor.dtype
+
+    def read(self) -> Tensor:
+        return self.tensor.read().to(self.dtype)
+
+
+@dataclass(frozen=True)
+class _Grown:
+    """Embeddings with rows for new tokens, which start as the mean of the known ones."""
+
+    tensor: Readable
+    known: int
+    needed: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (max(self.tensor.shape[0], self.needed), *self.tensor.shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    def read(self) -> Tensor:
+        old = self.tensor.read()
+        new = torch.zeros(self.shape, dtype=self.dtype)
+        new[: len(old)] = old
+        mean_rows(new, min(self.known, len(old)), self.needed)
+        return new
+
+
+def _direct(checkpoint: Checkpoint, blueprint: Blueprint, skeleton) -> dict[str, Assembled] | None:
+    """The tensors under native names, where that takes no more than the family's own map; else None."""
+    state = state_for(checkpoint, blueprint)
+    wanted = skeleton.state_dict()
+    tied = set(getattr(skeleton, "all_tied_weights_keys", None) or {})
+    if not (set(wanted) - tied <= set(state) <= set(wanted)):
+        return None
+    same = all(state[name].shape == tuple(wanted[name].shape) for name in state)
+    return state if same else None
+
+
+def _grow(tensors: dict[str, Readable], skeleton, known: int, needed: int) -> int:
+    """Makes room, in place, for tokens that the tokenizer gained; returns the rows of the embeddings."""
+    names = vocabulary_tensors(skeleton)
+    rows = tensors[names[0]].shape[0]
+    if needed > min(known, rows):
+        for name in names:
+            tensors[name] = _Grown(tensors[name], known, needed)
+    return max(rows, needed)
+
+
+def _main_dtype(tensors: Mapping[str, Readable]) -> torch.dtype:
+    counts: Counter[torch.dtype] = Counter()
+    for tensor in tensors.values():
+        counts[tensor.dtype] += prod(tensor.shape)
+    return counts.most_common(1)[0][0]
+
+
+def _write_weights(
+    directory: Path, tensors: Mapping[str, Readable], shard_bytes: int, on_progress: OnProgress | None
+) -> None:
+    sizes = {name: prod(tensor.shape) * tensor.dtype.itemsize for name, tensor in tensors.items()}
+    shards = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: prod(tensor.shape) * tensor.dtype.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    done, total = 0, sum(sizes.values())
+    for file, names in shards.filename_to_tensors.items():
+        for name in write_safetensors(directory / file, {name: tensors[name] for name in names}):
+            done += sizes[name]
+            if on_progress is not None:
+                on_progress(done, total)
+    if shards.is_sharded:
+        index = {"metadata": {"total_size": total}, "weight_map": shards.tensor_to_filename}
+        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -1,0 +1,96 @@
+"""Proves, by numbers, what attention a decoder really has: who sees whom, on a small copy with random weights.
+
+Configs promise much; a diffusion model needs that every position sees every other, that padding is invisible, and that
+a mask is taken as it is given.
+"""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from dllm_ray.errors import ModelError
+from dllm_ray.models.lm import LogitsModule
+
+_WIDTH = 12
+_BLOCK = 4
+_VOCABULARY = 64
+_DIFFERENT = 1e-6
+_SAME = 1e-4
+
+
+def check_architecture(model_class: type, config) -> None:
+    """Checks the attention of an architecture on a copy with few layers, a small vocabulary and random weights.
+
+    Args:
+        model_class: a decoder of transformers.
+        config: its config, marked bidirectional.
+
+    Raises:
+        ModelError: one of the three properties doesn't hold, or the copy can't be run.
+    """
+    small = copy.deepcopy(config)
+    small.vocab_size = _VOCABULARY
+    small.pad_token_id = small.eos_token_id = small.bos_token_id = None
+    layers = min(small.num_hidden_layers, 2)
+    small.num_hidden_layers = layers
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[:layers]
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = model_class(small).float().eval()
+        check_attention(model)
+    except ModelError:
+        raise
+    except Exception as error:  # an architecture that can't take such a mask fails at a place of its own
+        raise ModelError(
+            f"{model_class.__name__} can't be run as a diffusion model: {type(error).__name__} while its attention was "
+            f"checked: {(str(error).strip().splitlines() or [''])[0]}"
+        ) from error
+
+
+def check_attention(model) -> None:
+    """Checks a decoder that was made bidirectional.
+
+    Raises:
+        ModelError: a position doesn't see another, padding is seen, or a mask is not taken as given.
+    """
+    name = type(model).__name__
+    module = LogitsModule(model)
+    device = next(model.parameters()).device
+    vocabulary = min(model.get_input_embeddings().num_embeddings, _VOCABULARY)
+    ids = (torch.arange(_WIDTH, device=device) * 7 + 3).remainder(vocabulary).unsqueeze(0)
+    if not bool(influence(module, ids, None).all()):
+        raise ModelError(
+            f"{name}: attention stays causal (or misses positions) although config.is_causal is false, so the model "
+            "can't denoise; choose an architecture with ordinary attention"
+        )
+    padded = torch.cat([ids, ids[:, :_BLOCK]], dim=1)
+    mask = (torch.arange(padded.shape[1], device=device) < _WIDTH).long().unsqueeze(0)
+    with torch.no_grad():
+        error = (module(padded, mask)[:, :_WIDTH] - module(ids)).abs().max().item()
+    if not error < _SAME:
+        raise ModelError(f"{name}: padding that is masked out changes the logits (by {error:.1g})")
+    block = torch.arange(_WIDTH, device=device) // _BLOCK
+    wanted = block.unsqueeze(1) >= block
+    if not torch.equal(influence(module, ids, wanted[None, None]), wanted):
+        raise ModelError(f"{name}: a block-causal mask is not taken as it is given")
+
+
+def influence(module: LogitsModule, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """[T, T] bool: whether the logits of a row change with the token of a column.
+
+    Args:
+        module: the model.
+        ids: [1, T] token ids.
+        mask: its attention mask.
+    """
+    width = ids.shape[1]
+    vocabulary = min(module.model.get_input_embeddings().num_embeddings, _VOCABULARY)
+    changed = ids.repeat(width, 1)
+    changed.fill_diagonal_(0)
+    changed += torch.diag((ids[0] + 1).remainder(vocabulary))
+    with torch.no_grad():
+        difference = (module(changed, mask) - module(ids, mask)).abs().amax(dim=-1)  # [changed token, logits of]
+    return difference.T > _DIFFERENT
