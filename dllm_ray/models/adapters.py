@@ -1,6 +1,7 @@
 """Light-weight variants of a model through PEFT and bitsandbytes: LoRA adapters, and weights in 4 or 8 bits."""
 
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -96,7 +97,9 @@ def add_adapter(lm: DiffusionLM, adapter: str) -> DiffusionLM:
     if recorded.is_file():
         _check_base(lm, adapter, here, json.loads(recorded.read_text(encoding="utf-8")), settings)
     try:
-        model = PeftModel.from_pretrained(lm.model, adapter)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a name that it has renamed
+            model = PeftModel.from_pretrained(lm.model, adapter)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(
             f"{adapter}: the adapter, made for {settings.get('base_model_name_or_path')}, doesn't fit "

@@ -181,6 +181,11 @@ class Checkpoint:
         self.path = path
         self.config = read_json(path, "config.json")
 
+    @property
+    def is_distributed(self) -> bool:
+        """Whether the tensors lie in the pieces that the workers of a training run wrote."""
+        return (Path(self.path) / DISTRIBUTED).is_file()
+
     @cached_property
     def tensors(self) -> dict[str, Stored]:
         """Name -> tensor, from the headers of the weight files.
@@ -188,9 +193,8 @@ class Checkpoint:
         Raises:
             ModelError: no weights, a missing or broken file, or an index that names tensors no file holds.
         """
-        folder = Path(self.path)
-        if (folder / DISTRIBUTED).is_file():
-            return _distributed(folder)
+        if self.is_distributed:
+            return _distributed(Path(self.path))
         for single, index, reader in ((SINGLE, INDEX, _safetensors), (_PICKLED, _PICKLED_INDEX, _pickled)):
             if (file := find(self.path, single)) is not None:
                 return reader(file)

@@ -111,6 +111,11 @@ class DiffusionLM:
         return next(self.model.parameters()).device
 
     @property
+    def architecture(self) -> str:
+        """The transformers class of the model, whatever is wrapped around it."""
+        return type(_without_adapter(self.model)).__name__
+
+    @property
     def max_length(self) -> int | None:
         """Most positions the model can tell apart, or None when its config states no limit."""
         config = _without_adapter(self.model).config

@@ -6,7 +6,7 @@ onto an architecture of transformers, or a model of transformers itself.
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from dllm_ray.errors import ModelError
 from dllm_ray.models import families
 from dllm_ray.models.adapters import ADAPTER_CONFIG, add_adapter, base_of, quantization_config
-from dllm_ray.models.checkpoint import WEIGHTS, Assembled, Checkpoint, whole
+from dllm_ray.models.checkpoint import WEIGHTS, Assembled, Checkpoint, Stored, whole
 from dllm_ray.models.config import ModelConfig, expand_home
 from dllm_ray.models.families import Family
 from dllm_ray.models.lm import DiffusionLM, LogitsModule, usable_positions
@@ -364,12 +364,20 @@ def state_for(checkpoint: Checkpoint, blueprint: Blueprint) -> dict[str, Assembl
         ModelError: tensors of a published family are missing, left over, or of the wrong shape.
     """
     tensors = checkpoint.tensors
-    if not blueprint.is_published:
+    if not blueprint.is_published and not checkpoint.is_distributed:
         return {name: whole(tensor) for name, tensor in tensors.items()}
     model = blueprint.skeleton()
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if not blueprint.is_published:
+        return _model_part(tensors, shapes)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     return to_native(blueprint.family.rules, tensors, shapes, blueprint.path, tied)
+
+
+def _model_part(tensors: Mapping[str, Stored], names: Collection[str]) -> dict[str, Assembled]:
+    """The model's tensors in a training checkpoint, which may hold those of the optimizer too, each under a prefix."""
+    prefix = max(("", "model."), key=lambda prefix: sum(prefix + name in tensors for name in names))
+    return {name: whole(tensors[prefix + name]) for name in names if prefix + name in tensors}
 
 
 def _load_model(checkpoint: Checkpoint, blueprint: Blueprint, dtype: str, placement, quantization: str | None):

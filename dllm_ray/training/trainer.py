@@ -223,7 +223,7 @@ class _Worker:
             step,
             workers=self.strategy.world_size,
             device=str(self.strategy.lm.device),
-            architecture=type(model).__name__,
+            architecture=self.strategy.lm.architecture,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         )
