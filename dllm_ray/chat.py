@@ -129,7 +129,12 @@ def decode(tokenizer, ids: Sequence[int], eot_text: str | None = None) -> str:
         eot_text: the text before its first occurrence is returned (`DiffusionSpec.eot_text`).
     """
     text = tokenizer.decode(list(ids), skip_special_tokens=True)
-    return text if eot_text is None else text.partition(eot_text)[0].rstrip()
+    if eot_text is None:
+        return text
+    # some tokenizers write it otherwise than it was: BERT's in lower case, with spaces
+    for ending in (eot_text, tokenizer.decode(encode_text(tokenizer, eot_text))):
+        text = text.partition(ending)[0]
+    return text.rstrip()
 
 
 def _apply(tokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> str:

@@ -46,8 +46,8 @@ def run_job(job: type[T], main: Callable[[T], None], description: str, argv: lis
 def _model_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     """The sampler settings that come with the chosen model; settings of the user's own override them."""
     path = given.get("model.path")
-    if not path or not (Path(path).expanduser() / "config.json").is_file():
+    if not isinstance(path, str) or not path:
         return {}
     from dllm_ray.models.defaults import sampler_settings
 
-    return {"sampler": sampler_settings(Path(path).expanduser())}
+    return {"sampler": sampler_settings(path)}

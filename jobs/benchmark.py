@@ -82,13 +82,13 @@ def benchmark_train(job: TrainBenchmark) -> None:
     from dllm_ray import cluster
     from dllm_ray.data import prepare
     from dllm_ray.data.tokenize import texts
-    from dllm_ray.models import load, tokenizers
+    from dllm_ray.models import blueprint, load, tokenizers
     from dllm_ray.viz.terminal import table
 
     corpus = prepare.resolve(job.data, job.data.path, job.train.max_length)
     if job.model.path is None:
         tokenizer = tokenizers.train_bpe(texts(corpus.shards, corpus.rules, 100_000), job.model.scratch.vocab_size)
-        spec = load.describe(job.model.scratch.architecture, tokenizer)
+        spec = blueprint.describe(job.model.scratch.architecture, tokenizer)
     else:
         load.check_path(job.model.path)
         tokenizer, spec, _ = load.open_tokenizer(job.model.path)

@@ -197,13 +197,13 @@ def _fit(job, folder, prepared, tokenizer, shares, run) -> None:
 def _tokenizer_and_spec(job, folder, corpus):
     """The model's tokenizer (trained on the data for a model from scratch) and spec; checks the context length."""
     from dllm_ray.data.tokenize import texts
-    from dllm_ray.models import load, scratch, tokenizers
+    from dllm_ray.models import blueprint, load, scratch, tokenizers
     from dllm_ray.training.run_folder import TOKENIZER
 
     if job.model.path is not None:
         load.check_path(job.model.path)
-        tokenizer, spec, blueprint = load.open_tokenizer(job.model.path)
-        limit = blueprint.max_length
+        tokenizer, spec, loaded = load.open_tokenizer(job.model.path)
+        limit = loaded.max_length
         if limit is not None and job.train.max_length > limit:
             raise ConfigError(f"{job.train.max_length} exceeds the model's context of {limit}", "train.max_length")
         return tokenizer, spec
@@ -216,7 +216,7 @@ def _tokenizer_and_spec(job, folder, corpus):
         )
         tokenizer.save_pretrained(kept)
     scratch.check(job.model.scratch, tokenizer)
-    return tokenizer, load.describe(job.model.scratch.architecture, tokenizer)
+    return tokenizer, blueprint.describe(job.model.scratch.architecture, tokenizer)
 
 
 def _join_cluster(job, stack):

@@ -6,8 +6,6 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import json
-import shutil
 from functools import cache
 from pathlib import Path
 
@@ -56,17 +54,12 @@ def golden() -> Path:
 
 
 @pytest.fixture(scope="session")
-def golden_lm(golden, tmp_path_factory):
-    """Loads a reference checkpoint. An A2D model is a plain transformers decoder under another `model_type`."""
+def golden_lm(golden):
+    """Loads a reference checkpoint, once: `golden_lm("dream")`."""
 
     @cache
     def open_checkpoint(name: str) -> DiffusionLM:
-        folder = tmp_path_factory.mktemp(name)
-        shutil.copytree(golden / name / "checkpoint", folder, dirs_exist_ok=True)
-        config = json.loads((folder / "config.json").read_text())
-        config["model_type"] = config["model_type"].removeprefix("a2d-")
-        (folder / "config.json").write_text(json.dumps(config))
-        return load(folder)
+        return load(golden / name / "checkpoint")
 
     return open_checkpoint
 

@@ -1,6 +1,7 @@
 """`run_job`: exit status and what a user sees on stderr."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 
 import pytest
 
@@ -85,3 +86,78 @@ def test_an_error_can_cross_process_borders():
 
     error = pickle.loads(pickle.dumps(errors.ConfigError("is wrong", "train.rows")))
     assert (str(error), error.field, error.message) == ("train.rows: is wrong", "train.rows", "is wrong")
+
+
+@dataclass
+class ModelSection:
+    path: str | None = None
+    """Model."""
+
+
+@dataclass
+class SamplerSection:
+    block_size: int | None = 32
+    """Block."""
+    steps: int = 128
+    """Steps."""
+
+
+@dataclass
+class SamplingJob:
+    model: ModelSection = field(default_factory=ModelSection)
+    """Model."""
+    sampler: SamplerSection = field(default_factory=SamplerSection)
+    """Sampler."""
+
+
+def model_with(folder, sampler) -> str:
+    (folder / "config.json").write_text(json.dumps({"diffusion": {"sampler": sampler}}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], (None, 7)),
+        (["--sampler.steps", "9"], (None, 9)),
+        (["--sampler.block_size", "4"], (4, 7)),
+    ],
+)
+def test_a_models_own_sampler_settings_are_defaults_that_options_override(tmp_path, words, expected):
+    path = model_with(tmp_path, {"block_size": None, "steps": 7})
+    seen = []
+    assert run_job(SamplingJob, seen.append, "A job.", ["--model.path", path, *words]) == 0
+    assert (seen[0].sampler.block_size, seen[0].sampler.steps) == expected
+
+
+def test_files_override_a_models_own_sampler_settings(tmp_path):
+    path = model_with(tmp_path, {"steps": 7})
+    (tmp_path / "job.yaml").write_text(f"model: {{path: {path}}}\nsampler: {{steps: 8}}\n")
+    seen = []
+    assert run_job(SamplingJob, seen.append, "A job.", ["--config", str(tmp_path / "job.yaml")]) == 0
+    assert seen[0].sampler.steps == 8
+
+
+def test_an_adapter_samples_like_its_base(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    adapter = {"base_model_name_or_path": model_with(base, {"steps": 7})}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    seen = []
+    assert run_job(SamplingJob, seen.append, "A job.", ["--model.path", str(tmp_path)]) == 0
+    assert seen[0].sampler.steps == 7
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"diffusion": 3}', '{"diffusion": {"sampler": 3}}', None])
+def test_a_model_that_cannot_be_read_sets_nothing_here(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    seen = []
+    assert run_job(SamplingJob, seen.append, "A job.", ["--model.path", str(tmp_path)]) == 0
+    assert seen[0].sampler == SamplerSection()
+
+
+def test_a_models_sampler_setting_that_does_not_exist_is_named(tmp_path, capsys):
+    path = model_with(tmp_path, {"stepz": 7})
+    assert run_job(SamplingJob, lambda job: None, "A job.", ["--model.path", path]) == 2
+    assert "stepz" in capsys.readouterr().err

@@ -25,19 +25,12 @@ from torch import Tensor
 from dllm_ray.errors import ModelError, OutputError
 from dllm_ray.models import mapping, probe
 from dllm_ray.models.adapters import merge
+from dllm_ray.models.blueprint import Blueprint, resolve, spec_of
 from dllm_ray.models.checkpoint import INDEX, Assembled, Checkpoint, Readable, write_safetensors
 from dllm_ray.models.lm import DiffusionLM
-from dllm_ray.models.load import (
-    Blueprint,
-    load,
-    mean_rows,
-    resolve,
-    rows_needed,
-    spec_of,
-    state_for,
-    vocabulary_tensors,
-)
+from dllm_ray.models.load import load, state_for
 from dllm_ray.models.spec import CONFIG_KEY, ORIGINAL_KEY, DiffusionSpec
+from dllm_ray.models.vocabulary import mean_rows, rows_needed, vocabulary_tensors
 from dllm_ray.output import replace_directory
 
 OnProgress = Callable[[int, int], None]
@@ -61,15 +54,13 @@ class Target:
         if self.shift_logits is not None:
             changes["shift_logits"] = self.shift_logits
         if self.objective == "mdlm" and spec.attention != "full":
-            blocks = ("block_size", "steps_per_block")
-            kept = {name: value for name, value in spec.sampler.items() if name not in blocks}
+            kept = {name: value for name, value in spec.sampler.items() if name != "block_size"}
             changes |= {"attention": "full", "block_size": None, "sampler": kept}
         if self.objective == "bd3lm":
-            blocks = {"block_size": self.block_size, "steps_per_block": self.block_size}
             changes |= {
                 "attention": "block_causal",
                 "block_size": self.block_size,
-                "sampler": dict(spec.sampler) | blocks,
+                "sampler": dict(spec.sampler) | {"block_size": self.block_size},
             }
         return dataclasses.replace(spec, **changes)
 

@@ -1,22 +1,40 @@
-"""The sampler settings that come with a model, read without torch where the model is one of ours."""
+"""The sampler settings that come with a model, read without torch where the model is a directory that we wrote."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from dllm_ray.errors import ModelError
+from dllm_ray.models.config import expand_home
 
 
-def sampler_settings(folder: Path) -> dict[str, Any]:
-    """Default sampler settings of a local model directory; empty for what can't be read, which loading complains of."""
+def sampler_settings(path: str) -> dict[str, Any]:
+    """Default sampler settings of a model directory, an adapter's (its base's), or a hub id.
+
+    Empty for what can't be read; loading will say why.
+    """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = _config(expand_home(path))
         stored = config.get("diffusion")
         if stored is not None:
             return dict(stored.get("sampler") or {})
         from dllm_ray.models import families
 
-        family = families.find(config, str(folder))
-        return {} if family is None else family.sampler_for(config)
+        family = families.find(config, path)
+        return {} if family is None else family.sampler_for(config, path)
     except (OSError, ValueError, AttributeError, TypeError, ModelError):
         return {}
+
+
+def _config(path: str) -> dict[str, Any]:
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if (folder / "adapter_config.json").is_file():
+        adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        return _config(adapter["base_model_name_or_path"])
+    if folder.exists() or path.startswith((".", "/")) or path.count("/") > 1:
+        return {}
+    from dllm_ray.models.checkpoint import read_json
+
+    return read_json(path, "config.json")

@@ -19,6 +19,25 @@ _DIFFERENT = 1e-6
 _SAME = 1e-4
 
 
+def check_bidirectional(model) -> None:
+    """The quick check of every load: the first position of a decoder sees the last one.
+
+    Raises:
+        ModelError: it doesn't: the architecture ignores `is_causal = False`.
+    """
+    module = LogitsModule(model)
+    device = next(model.parameters()).device
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.arange(1, 5, device=device).remainder(vocabulary).unsqueeze(0)
+    other = ids.clone()
+    other[0, -1] = (other[0, -1] + 1) % vocabulary
+    first = torch.zeros(1, dtype=torch.long, device=device)
+    with torch.no_grad():
+        same = torch.equal(module(ids, positions=first), module(other, positions=first))
+    if same:
+        raise _causal(model)
+
+
 def check_architecture(model_class: type, config) -> None:
     """Checks the attention of an architecture on a copy with few layers, a small vocabulary and random weights.
 
@@ -62,10 +81,7 @@ def check_attention(model) -> None:
     vocabulary = min(model.get_input_embeddings().num_embeddings, _VOCABULARY)
     ids = (torch.arange(_WIDTH, device=device) * 7 + 3).remainder(vocabulary).unsqueeze(0)
     if not bool(influence(module, ids, None).all()):
-        raise ModelError(
-            f"{name}: attention stays causal (or misses positions) although config.is_causal is false, so the model "
-            "can't denoise; choose an architecture with ordinary attention"
-        )
+        raise _causal(model)
     padded = torch.cat([ids, ids[:, :_BLOCK]], dim=1)
     mask = (torch.arange(padded.shape[1], device=device) < _WIDTH).long().unsqueeze(0)
     with torch.no_grad():
@@ -94,3 +110,10 @@ def influence(module: LogitsModule, ids: Tensor, mask: Tensor | None) -> Tensor:
     with torch.no_grad():
         difference = (module(changed, mask) - module(ids, mask)).abs().amax(dim=-1)  # [changed token, logits of]
     return difference.T > _DIFFERENT
+
+
+def _causal(model) -> ModelError:
+    return ModelError(
+        f"{type(model).__name__}: attention stays causal (or misses positions) although config.is_causal is false, so "
+        "the model can't denoise; choose an architecture with ordinary attention"
+    )

@@ -6,9 +6,10 @@ from contextlib import contextmanager
 import torch
 
 from dllm_ray.errors import ModelError
+from dllm_ray.models.blueprint import as_bidirectional, describe
 from dllm_ray.models.config import ScratchConfig
 from dllm_ray.models.lm import DiffusionLM, position_offset
-from dllm_ray.models.load import as_bidirectional, check_bidirectional, describe
+from dllm_ray.models.probe import check_bidirectional
 from dllm_ray.models.spec import CONFIG_KEY
 from dllm_ray.models.tokenizers import first_line
 
@@ -30,7 +31,7 @@ def build(config: ScratchConfig, tokenizer, seed: int) -> DiffusionLM:
         spec = describe(config.architecture, tokenizer)
         setattr(model.config, CONFIG_KEY, spec.to_dict())
         lm = DiffusionLM(model.eval(), tokenizer, spec)
-        check_bidirectional(lm)
+        check_bidirectional(lm.model)
     return lm
 
 

@@ -119,6 +119,37 @@ def test_a_decoder_trains_on_from_a_checkpoint(tmp_path, make_lm):
     assert found.data.params["train.learning_rate"] == "2e-05"
 
 
+def test_an_adapter_is_trained_on_a_model_that_stays_as_it_is_and_answers_by_itself(tmp_path, make_lm):
+    make_lm("qwen3").save(tmp_path / "model")
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    sampler = {"sampler__max_new_tokens": "8", "sampler__block_size": "8", "sampler__steps": "4"}
+    done = run(
+        "sft",
+        output_dir=str(tmp_path / "run"),
+        model__path=str(tmp_path / "model"),
+        lora__rank="4",
+        data__path="builtin:digits[train:64]",
+        train__workers="2",
+        train__max_steps="4",
+        train__checkpoint_every="2",
+        train__batch_size="8",
+        train__max_length="48",
+        **sampler,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "of them trained" in done.stdout
+    final = tmp_path / "run" / "final"
+    assert json.loads((final / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tmp_path / "model")
+    assert not (final / "model.safetensors").exists()
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+    answers = set()
+    for path in ({"model__path": str(final)}, {"model__path": str(tmp_path / "model"), "model__adapter": str(final)}):
+        sampled = run("sample", prompt="sort 321", output_dir=str(tmp_path / "samples"), **path, **sampler)
+        assert sampled.returncode == 0, sampled.stderr
+        answers.add(sampled.stdout)
+    assert len(answers) == 1
+
+
 def test_runs_in_one_storage_keep_apart_and_fresh_starts_over(tmp_path):
     few = {"train__max_steps": "4", "train__workers": "1", "data__valid_rows": "0", "sample_rows": "0"}
     store = {"train__storage_path": str(tmp_path / "store")}

@@ -1,7 +1,7 @@
 """Autoregressive models turned into diffusion models by dLLM ("A2D"): Llama, Qwen2 and Qwen3 under other type names.
 
-The published config doesn't say whether a checkpoint was trained with full (MDLM) or block-causal (BD3LM) attention;
-`jobs/convert.py --to bd3lm` states the latter.
+Their config.json doesn't say whether they were trained with full (MDLM) or block-causal (BD3LM) attention, but their
+names do. Under another name, `jobs/convert.py --to bd3lm` states it.
 """
 
 from typing import Any
@@ -21,6 +21,8 @@ def _family(native: str, architecture: str, eot_token: str) -> Family:
         model_types=(f"a2d-{native}",),
         architectures=(architecture,),
         config=_config,
+        block_name="bd3lm",
+        block_size=32,
         mask_token="<|mask|>",
         eot_token=eot_token,
         thinking_off=True,

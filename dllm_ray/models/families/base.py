@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from dllm_ray.errors import ModelError
@@ -109,6 +110,8 @@ class Family:
     """Field of its config.json with the block size, where attention is block-causal."""
     block_size: int | None = None
     """Block size where `block_field` is absent."""
+    block_name: str | None = None
+    """Word in the names of checkpoints with block-causal attention, for a family whose config.json doesn't tell."""
     mask_token: str | None = None
     """Text of the mask token, where the tokenizer doesn't name one."""
     mask_token_id: int | None = None
@@ -132,15 +135,16 @@ class Family:
     lora_targets: tuple[str, ...] | str = "all-linear"
     """Native modules that LoRA adapts by default; `all-linear` is every linear layer but the head."""
 
-    def blocks(self, config: Mapping[str, Any]) -> int | None:
-        """Block size of a checkpoint with this config.json; None where attention is full."""
-        if self.attention == "full":
+    def blocks(self, config: Mapping[str, Any], path: str) -> int | None:
+        """Block size of the checkpoint at `path` with this config.json; None where attention is full."""
+        named = self.block_name is not None and self.block_name in Path(path).name.lower()
+        if self.attention == "full" and not named:
             return None
         return (config.get(self.block_field) if self.block_field else None) or self.block_size
 
-    def sampler_for(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Default sampler settings of a checkpoint with this config.json."""
-        size = self.blocks(config)
+    def sampler_for(self, config: Mapping[str, Any], path: str) -> dict[str, Any]:
+        """Default sampler settings of the checkpoint at `path` with this config.json."""
+        size = self.blocks(config, path)
         return dict(self.sampler) | ({} if size is None else {"block_size": size})
 
     @property

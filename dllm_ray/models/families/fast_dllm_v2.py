@@ -24,5 +24,5 @@ FAMILY = Family(
     mask_token="|<MASK>|",
     mask_token_id=151665,
     eot_token="<|im_end|>",
-    sampler={"policy": "low_confidence", "steps_per_block": 32},
+    sampler={"policy": "low_confidence"},
 )
