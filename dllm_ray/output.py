@@ -1,6 +1,8 @@
 """Writing results: folders that can be written, files and directories that are complete or not there."""
 
+import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,11 +37,84 @@ def complete_file(path: Path) -> Iterator[TextIO]:
     temporary.replace(path)
 
 
+@contextmanager
+def new_directory(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary directory that becomes `target` when the block ends without an error; else it goes away.
+
+    Args:
+        target: the directory to make.
+        overwrite: replace one that is there.
+
+    Raises:
+        OutputError: it is there already, or can't be made.
+    """
+    try:
+        _check_target(target, overwrite)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target, "partial")
+        temporary = _beside(target, os.getpid(), "partial")
+        temporary.mkdir()
+    except OSError as error:
+        raise OutputError(f"{target} can't be written: {error.strerror or error}") from None
+    try:
+        yield temporary
+        replace_directory(temporary, target)
+    except OSError as error:
+        raise OutputError(f"{target} can't be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def replace_directory(temporary: Path, target: Path) -> None:
-    """Puts a finished directory in the place of an older one or of none."""
-    old = target.with_name(f"{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    """Puts a finished directory in the place of an older one or of none; an older one is there until then.
+
+    Raises:
+        OSError: it can't be moved there.
+    """
+    _sweep(target, "old")
+    old = _beside(target, os.getpid(), "old")
     if target.exists():
         target.rename(old)
-    temporary.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        temporary.rename(target)
+    except OSError:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.name:
+        raise OutputError(f"{target} can't be replaced; name another --output_dir")
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{target} is a file; name another --output_dir")
+    if target.exists() and not overwrite:
+        raise OutputError(f"{target} exists; name another --output_dir, or replace it with --overwrite")
+
+
+def _beside(target: Path, process: int | str, kind: str) -> Path:
+    """A name of this process's own, beside the target."""
+    return target.with_name(f".{target.name}.{socket.gethostname()}.{process}.{kind}")
+
+
+def _sweep(target: Path, kind: str) -> None:
+    """Removes what killed processes of this machine left beside the target."""
+    name = _beside(target, "PROCESS", kind).name
+    before, after = name.removesuffix(f"PROCESS.{kind}"), f".{kind}"
+    for stale in target.parent.iterdir():
+        process = stale.name.removeprefix(before).removesuffix(after)
+        ours = stale.name == f"{before}{process}{after}" and process.isdecimal()
+        if ours and (int(process) == os.getpid() or not _alive(int(process))):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

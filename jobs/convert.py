@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 from dllm_ray.cli import run_job
 from dllm_ray.errors import ConfigError
 from dllm_ray.models.config import ModelConfig
+from dllm_ray.output import new_directory
 
 _MIB = 1 << 20
 
@@ -81,16 +82,19 @@ def main(job: ConvertJob) -> None:
     from dllm_ray.viz.terminal import Progress
 
     progress: Progress | None = None
+    shown = 0
 
     def on_progress(done: int, total: int) -> None:
-        nonlocal progress
+        nonlocal progress, shown
         progress = progress or Progress("convert", -(-total // _MIB), "MiB")
-        progress.update(-(-done // _MIB))
+        if done == total or done // _MIB > shown:
+            shown = done // _MIB
+            progress.update(shown if done < total else -(-total // _MIB))
 
     path, shard_bytes = job.model.path, int(job.shard_gb * 1e9)
     target = convert.Target("native" if job.to == "original" else job.to, job.block_size, job.shift_logits)
     output_dir = Path(job.output_dir).expanduser().resolve()
-    with convert.new_directory(output_dir, job.overwrite) as directory:
+    with new_directory(output_dir, job.overwrite) as directory:
         if job.model.adapter is not None and job.to == "original":
             merged = directory / "merged"
             convert.merge_adapter(path, job.model.adapter, merged, target)

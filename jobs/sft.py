@@ -204,6 +204,8 @@ def _tokenizer_and_spec(job, folder, corpus):
         load.check_path(job.model.path)
         tokenizer, spec, loaded = load.open_tokenizer(job.model.path)
         limit = loaded.max_length
+        if spec.attention == "block_causal":
+            print("note      this model's attention is block-causal; MDLM lets its blocks see noise in earlier ones")
         if limit is not None and job.train.max_length > limit:
             raise ConfigError(f"{job.train.max_length} exceeds the model's context of {limit}", "train.max_length")
         return tokenizer, spec

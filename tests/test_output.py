@@ -1,5 +1,9 @@
 """Results that are complete or not there."""
 
+import socket
+import subprocess
+import sys
+
 import pytest
 
 from dllm_ray.errors import OutputError
@@ -48,6 +52,10 @@ def test_a_file_that_fails_half_way_leaves_the_older_one(tmp_path):
     assert path.read_text() == "old"
 
 
+_PROCESS_THAT_ENDED = subprocess.Popen([sys.executable, "-c", ""])
+_PROCESS_THAT_ENDED.wait()
+
+
 @pytest.mark.parametrize("leftover", [False, True], ids=["clean", "after a crash"])
 @pytest.mark.parametrize("older", [False, True], ids=["new", "over an older one"])
 def test_a_finished_directory_takes_the_place_of_the_older_one_whole(tmp_path, older, leftover):
@@ -58,8 +66,9 @@ def test_a_finished_directory_takes_the_place_of_the_older_one_whole(tmp_path, o
         target.mkdir()
         (target / "old").write_text("")
     if leftover:
-        (tmp_path / "final.old").mkdir()
-        (tmp_path / "final.old" / "older").write_text("")
+        crashed = tmp_path / f".final.{socket.gethostname()}.{_PROCESS_THAT_ENDED.pid}.old"
+        crashed.mkdir()
+        (crashed / "older").write_text("")
     replace_directory(finished, target)
     assert [item.name for item in tmp_path.iterdir()] == ["final"]
     assert [item.name for item in target.iterdir()] == ["new"]

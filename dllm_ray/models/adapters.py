@@ -1,7 +1,10 @@
 """Light-weight variants of a model through PEFT and bitsandbytes: LoRA adapters, and weights in 4 or 8 bits."""
 
 import json
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -12,6 +15,8 @@ from dllm_ray.models.checkpoint import Checkpoint, whole
 from dllm_ray.models.config import LoRAConfig
 from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.models.tokenizers import first_line
+
+logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # warns at import of kernels it does without
 
 ADAPTER_CONFIG = "adapter_config.json"
 _BASE = "diffusion_base.json"
@@ -32,6 +37,16 @@ def quantization_config(kind: str, dtype: str):
     if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     raise ModelError(f"quantization {kind!r} is unknown; expected 4bit or 8bit")
+
+
+def ready_for_cpu(model) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights at the first inference on a CPU.
+
+    Its packed format takes only some widths, and its backward pass doesn't know it: gradients would be wrong.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
 
 
 def add_lora(lm: DiffusionLM, config: LoRAConfig, seed: int) -> DiffusionLM:
@@ -59,7 +74,7 @@ def add_lora(lm: DiffusionLM, config: LoRAConfig, seed: int) -> DiffusionLM:
     )
     made_for = fingerprint(lm)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), _literal_targets(lm.model):
             torch.manual_seed(seed)
             model = get_peft_model(lm.model, settings)
     except ValueError as error:
@@ -89,22 +104,26 @@ def add_adapter(lm: DiffusionLM, adapter: str) -> DiffusionLM:
     Raises:
         ModelError: no adapter there, or it belongs to another model.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
     settings = _settings(adapter)
-    recorded = Path(adapter) / _BASE
     here = fingerprint(lm)
-    if recorded.is_file():
-        _check_base(lm, adapter, here, json.loads(recorded.read_text(encoding="utf-8")), settings)
+    ours = (Path(adapter) / _BASE).is_file()
+    if ours:
+        _check_base(lm, adapter, here, _json(Path(adapter) / _BASE), settings)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _literal_targets(lm.model) if ours else nullcontext():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a name that it has renamed
             model = PeftModel.from_pretrained(lm.model, adapter)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+            wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+            absent = sorted(set(wanted) - set(load_peft_weights(adapter, device="cpu")))
+    except Exception as error:  # PEFT, safetensors and torch raise many types for what doesn't fit or is broken
         raise ModelError(
             f"{adapter}: the adapter, made for {settings.get('base_model_name_or_path')}, doesn't fit "
             f"{lm.model.name_or_path} ({type(lm.model).__name__}): {_shapes(error)}"
         ) from error
+    if absent:
+        raise ModelError(f"{adapter}: {len(absent)} tensors are missing from the adapter, first {absent[0]!r}")
     model.base_fingerprint = here
     return DiffusionLM(model, lm.tokenizer, lm.spec)
 
@@ -159,13 +178,31 @@ def _settings(adapter: str) -> dict:
     file = Path(adapter) / ADAPTER_CONFIG
     if not file.is_file():
         raise ModelError(f"{adapter}: no {ADAPTER_CONFIG} in it; expected a PEFT adapter directory")
+    return _json(file)
+
+
+def _json(file: Path) -> dict:
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ModelError(f"{file}: is not valid JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise ModelError(f"{file}: holds a {type(settings).__name__}; expected a mapping")
-    return settings
+    if not isinstance(values, dict):
+        raise ModelError(f"{file}: holds a {type(values).__name__}; expected a mapping")
+    return values
+
+
+@contextmanager
+def _literal_targets(model) -> Iterator[None]:
+    """Keeps PEFT from rewriting targets.
+
+    For adapters of older versions of transformers it takes `gate_proj`, `up_proj` and `down_proj` of a mixture for the
+    stacks of routed experts, and would adapt those in place of the dense and shared MLPs. It goes by `model_type`.
+    """
+    model.config.model_type = "literal"
+    try:
+        yield
+    finally:
+        del model.config.model_type  # the class's own shows again
 
 
 def _check_base(lm: DiffusionLM, adapter: str, here: dict, made_for: dict, settings: dict) -> None:

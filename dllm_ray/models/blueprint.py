@@ -88,13 +88,18 @@ def resolve(checkpoint: Checkpoint) -> Blueprint:
         else:
             kind = raw.get("model_type")
             classes = _classes(path, kind, raw.get("architectures") or [], raw.get("is_encoder_decoder"))
-            config = CONFIG_MAPPING[kind].from_dict(raw)
+            config = CONFIG_MAPPING[kind].from_dict({name: raw[name] for name in raw if name != "auto_map"})
         model_class = classes[type(config)]
     except ModelError:
         raise
     except Exception as error:  # a config with wrong fields raises many types
         raise ModelError(f"{path}: config.json can't be used: {first_line(error)}") from error
     is_decoder = classes is transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if is_decoder and config.get_text_config() is not config:
+        raise ModelError(
+            f"{path}: {config.model_type} is a model of more than text; expected a language model, such as the one "
+            f"inside it ({config.get_text_config().model_type})"
+        )
     if is_decoder:
         config = as_bidirectional(config)
         _check_layers(path, config)
@@ -158,18 +163,21 @@ def _check_layers(path: str, config) -> None:
     Raises:
         ModelError: it has sliding windows, or layers that are no attention.
     """
-    config = config.get_text_config()
-    window, limit = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", None)
-    kinds = set(getattr(config, "layer_types", None) or ())
+    limit = getattr(config, "max_position_embeddings", None)
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    # An architecture that doesn't know layer_types puts its window everywhere, whatever config.json says.
+    by_layer = hasattr(type(config)(), "layer_types")
+    kinds = set(getattr(config, "layer_types", None) or ()) if by_layer else set()
     windowed = kinds & {"sliding_attention", "chunked_attention"} or (not kinds and window)
     if windowed and window and limit and window >= limit:  # never reached
         kinds -= {"sliding_attention"}
         windowed = False
     if windowed:
+        remedy = "every entry of layer_types to full_attention" if kinds else "sliding_window to null"
         raise ModelError(
             f"{path}: {config.model_type} has sliding-window attention (window {window}, context {limit}): a position "
-            "would not see the whole canvas. Choose an architecture with full attention, or set sliding_window to null "
-            "and layer_types to full_attention in config.json before you train it as a diffusion model"
+            "would not see the whole canvas. Choose an architecture with full attention, or set "
+            f"{remedy} in config.json before you train it as a diffusion model"
         )
     other = sorted(kinds - _BIDIRECTIONAL_LAYERS)
     if other:

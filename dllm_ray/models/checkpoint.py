@@ -5,6 +5,8 @@ nothing is ever held twice.
 """
 
 import json
+import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -110,10 +112,14 @@ class DistributedTensor:
 
     def read_into(self, target: Tensor, start: int = 0) -> None:
         import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.api import CheckpointException
 
         whole = target if start == 0 and target.numel() == prod(self.shape) else torch.empty(prod(self.shape))
         whole = whole.to(self.dtype).view(self.shape)
-        dcp.load({self.key: whole}, storage_reader=dcp.FileSystemReader(self.folder), no_dist=True)
+        try:
+            dcp.load({self.key: whole}, storage_reader=dcp.FileSystemReader(self.folder), no_dist=True)
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
+            raise ModelError(f"{self.folder}: {self.key!r} can't be read: {_line(error, -1)}") from error
         if whole.data_ptr() != target.data_ptr():
             target.view(-1).copy_(whole.view(-1)[start : start + target.numel()])
 
@@ -209,7 +215,7 @@ class Checkpoint:
 
     def _indexed(self, index: str, reader) -> dict[str, Stored]:
         places = read_json(self.path, index).get("weight_map")
-        if not isinstance(places, dict) or not places:
+        if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
             raise ModelError(f"{self.path}/{index}: has no weight_map; expected tensor names and their files")
         found: dict[str, Stored] = {}
         for name in sorted(set(places.values())):
@@ -257,7 +263,7 @@ def find(path: str, name: str) -> Path | None:
     try:
         found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
-        raise ModelError(f"{path}: can't be downloaded: {str(error).strip().splitlines()[0]}") from error
+        raise ModelError(f"{path}: can't be downloaded: {_line(error)}") from error
     return None if found is None else Path(found)
 
 
@@ -303,7 +309,7 @@ def _safetensors(file: Path) -> dict[str, Stored]:
         with file.open("rb") as handle:
             data = 8 + int.from_bytes(handle.read(8), "little")  # the header's length, and the header, come first
     except Exception as error:  # hub's own parsing error, OSError, ValueError
-        raise ModelError(f"{file}: not a readable safetensors file: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{file}: not a readable safetensors file: {_line(error)}") from error
     size = file.stat().st_size - data
     found: dict[str, Stored] = {}
     for name, info in header.tensors.items():
@@ -311,7 +317,7 @@ def _safetensors(file: Path) -> dict[str, Stored]:
         dtype = _DTYPES.get(info.dtype)
         if dtype is None:
             raise ModelError(f"{file}: tensor {name!r} has the type {info.dtype}, which isn't supported")
-        if end > size or end - begin != prod(info.shape) * dtype.itemsize:
+        if begin < 0 or end > size or end - begin != prod(info.shape) * dtype.itemsize:
             raise ModelError(
                 f"{file}: tensor {name!r} should end at byte {end} of the data, but the file holds {size}: "
                 "it is cut off or broken; copy or download it again"
@@ -322,10 +328,40 @@ def _safetensors(file: Path) -> dict[str, Stored]:
 
 def _pickled(file: Path) -> dict[str, Stored]:
     try:
-        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        by_page = zipfile.is_zipfile(file)  # the format before torch 1.6 has to be read whole
+        state = torch.load(file, map_location="cpu", mmap=by_page, weights_only=True)
     except Exception as error:  # torch raises many types for a broken or unsafe file
-        raise ModelError(f"{file}: can't be read as a file of tensors: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{file}: can't be read as a file of tensors: {_line(error)}") from error
+    if not isinstance(state, dict):
+        raise ModelError(f"{file}: holds a {type(state).__name__}; expected tensors by name")
     return {name: HeldTensor(tensor) for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+class _Metadata(pickle.Unpickler):
+    """Reads the metadata of a distributed checkpoint, and refuses to build anything else that a pickle may ask for."""
+
+    _MODULES = frozenset({"torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"})
+    _NAMES = frozenset(
+        {
+            ("torch", "Size"),
+            ("torch", "device"),
+            ("torch.serialization", "_get_layout"),
+            ("torch._utils", "_rebuild_dtype"),
+            ("collections", "OrderedDict"),
+            ("_codecs", "encode"),
+            *(("pathlib", name) for name in ("Path", "PosixPath", "WindowsPath")),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module in self._MODULES and "." not in name) or (module, name) in self._NAMES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which has no place in a checkpoint")
+
+
+def _line(error: Exception, which: int = 0) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[which].strip()
 
 
 def _distributed(folder: Path) -> dict[str, Stored]:
@@ -333,9 +369,11 @@ def _distributed(folder: Path) -> dict[str, Stored]:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     try:
+        with (folder / DISTRIBUTED).open("rb") as file:
+            _Metadata(file).load()  # dcp unpickles whatever is there
         entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     except Exception as error:  # a pickle: whatever a broken one raises
-        raise ModelError(f"{folder}: its {DISTRIBUTED} can't be read: {error}") from error
+        raise ModelError(f"{folder}: its {DISTRIBUTED} can't be read: {_line(error)}") from error
     return {
         name: DistributedTensor(folder, name, tuple(entry.size), entry.properties.dtype)
         for name, entry in entries.items()

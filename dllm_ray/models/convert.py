@@ -6,14 +6,9 @@ Never holds more than one tensor, except where a model has to be run through PEF
 
 import dataclasses
 import json
-import os
-import shutil
-import socket
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from glob import escape
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,16 +17,15 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
-from dllm_ray.errors import ModelError, OutputError
-from dllm_ray.models import mapping, probe
+from dllm_ray.errors import ModelError
+from dllm_ray.models import families, mapping, probe
 from dllm_ray.models.adapters import merge
 from dllm_ray.models.blueprint import Blueprint, resolve, spec_of
-from dllm_ray.models.checkpoint import INDEX, Assembled, Checkpoint, Readable, write_safetensors
+from dllm_ray.models.checkpoint import INDEX, Assembled, Checkpoint, Readable, Stored, write_safetensors
 from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.models.load import load, state_for
 from dllm_ray.models.spec import CONFIG_KEY, ORIGINAL_KEY, DiffusionSpec
-from dllm_ray.models.vocabulary import mean_rows, rows_needed, vocabulary_tensors
-from dllm_ray.output import replace_directory
+from dllm_ray.models.vocabulary import check_ids, mean_rows, rows_needed, vocabulary_tensors
 
 OnProgress = Callable[[int, int], None]
 """Called with the bytes written so far, and all of them."""
@@ -102,6 +96,7 @@ def to_native(
         return
     tensors: dict[str, Readable] = dict(state)
     rows = _grow(tensors, skeleton, known, rows_needed(tokenizer))
+    check_ids(path, spec, rows)
     if dtype != "auto":
         tensors = {name: _Cast(tensor, getattr(torch, dtype)) for name, tensor in tensors.items()}
     config = blueprint.config
@@ -128,8 +123,9 @@ def to_original(path: str, directory: Path, shard_bytes: int = 4 << 30, on_progr
     """
     checkpoint = Checkpoint(path)
     blueprint = resolve(checkpoint)
-    original = checkpoint.config.get(ORIGINAL_KEY)
-    family = blueprint.family
+    family, original = blueprint.family, checkpoint.config.get(ORIGINAL_KEY)
+    if blueprint.is_published:
+        raise ModelError(f"{path}: is in the published layout of {family.name} already")
     if family is None or family.is_native or not isinstance(original, dict):
         kind = blueprint.config.model_type
         raise ModelError(
@@ -139,12 +135,14 @@ def to_original(path: str, directory: Path, shard_bytes: int = 4 << 30, on_progr
     skeleton = blueprint.skeleton()
     state = _direct(checkpoint, blueprint, skeleton)
     if state is None:
-        raise ModelError(
-            f"{path}: its tensors are not those of {blueprint.model_class.__name__}; load and save it first"
-        )
-    tensors = mapping.to_original(family.rules, state)
+        found, wanted = set(state_for(checkpoint, blueprint)), set(skeleton.state_dict())
+        named = ", ".join(sorted(wanted - found)[:1] + sorted(found - wanted)[:1])
+        raise ModelError(f"{path}: its tensors are not those of {blueprint.model_class.__name__}: {named}")
+    tensors = mapping.to_original(family.rules, {name: _source(tensor) for name, tensor in state.items()})
     rows = state[vocabulary_tensors(skeleton)[0]].shape[0]
-    config = original | {name: rows for name in family.vocabulary if name in original}
+    config = dict(original)
+    if rows != family.config(families.Fields(original, path, family.name))["vocab_size"]:  # it has grown
+        config |= {name: rows for name in family.vocabulary if name in original}
     for name in ("dtype", "torch_dtype"):
         if name in config:
             config[name] = str(_main_dtype(tensors)).removeprefix("torch.")
@@ -161,40 +159,6 @@ def merge_adapter(path: str, adapter: str, directory: Path, target: Target, dtyp
     """
     lm = merge(load(path, dtype=dtype, adapter=adapter))
     DiffusionLM(lm.model, lm.tokenizer, target.spec(lm.spec)).save(directory)
-
-
-@contextmanager
-def new_directory(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary directory that becomes `target` when the block ends without an error; else it goes away.
-
-    Args:
-        target: the directory to make.
-        overwrite: replace one that is there.
-
-    Raises:
-        OutputError: it is there already, or can't be made.
-    """
-    if target.exists() and not overwrite:
-        raise OutputError(f"{target} exists; name another --output_dir, or replace it with --overwrite")
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"{target} is a file; name another --output_dir")
-    host = socket.gethostname()
-    temporary = target.with_name(f".{target.name}.{host}.{os.getpid()}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for stale in target.parent.glob(f".{escape(target.name)}.{host}.*.partial"):
-            if not _alive(int(stale.name.split(".")[-2])):
-                shutil.rmtree(stale, ignore_errors=True)
-        temporary.mkdir()
-    except OSError as error:
-        raise OutputError(f"{target} can't be written: {error.strerror or error}") from None
-    try:
-        yield temporary
-        replace_directory(temporary, target)
-    except OSError as error:
-        raise OutputError(f"{target} can't be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def description(path: str) -> str:
@@ -275,14 +239,23 @@ class _Grown:
 
 
 def _direct(checkpoint: Checkpoint, blueprint: Blueprint, skeleton) -> dict[str, Assembled] | None:
-    """The tensors under native names, where that takes no more than the family's own map; else None."""
+    """The tensors under native names, where renaming, splitting and stacking is all that takes; else None."""
     state = state_for(checkpoint, blueprint)
-    wanted = skeleton.state_dict()
+    wanted = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     tied = set(getattr(skeleton, "all_tied_weights_keys", None) or {})
-    if not (set(wanted) - tied <= set(state) <= set(wanted)):
-        return None
-    same = all(state[name].shape == tuple(wanted[name].shape) for name in state)
+    if set(state) != set(wanted) and not blueprint.is_published:
+        try:  # experts one by one, as transformers itself publishes them
+            state = mapping.to_native(mapping.experts("model.layers.{i}.mlp"), state, wanted, blueprint.path, tied)
+        except ModelError:
+            return None
+    same = set(wanted) - tied <= set(state) and all(state[name].shape == wanted[name] for name in state)
     return state if same else None
+
+
+def _source(tensor: Assembled) -> Stored:
+    """What a tensor is read from, where it is one stored tensor, so that parts of it can be read by themselves."""
+    (first, *others) = tensor.pieces
+    return tensor if others or first.start or first.source.shape != tensor.shape else first.source
 
 
 def _grow(tensors: dict[str, Readable], skeleton, known: int, needed: int) -> int:
@@ -321,13 +294,3 @@ def _write_weights(
     if shards.is_sharded:
         index = {"metadata": {"total_size": total}, "weight_map": shards.tensor_to_filename}
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

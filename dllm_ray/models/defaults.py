@@ -14,7 +14,8 @@ def sampler_settings(path: str) -> dict[str, Any]:
     Empty for what can't be read; loading will say why.
     """
     try:
-        config = _config(expand_home(path))
+        path = _base(expand_home(path))
+        config = _config(path)
         stored = config.get("diffusion")
         if stored is not None:
             return dict(stored.get("sampler") or {})
@@ -22,17 +23,22 @@ def sampler_settings(path: str) -> dict[str, Any]:
 
         family = families.find(config, path)
         return {} if family is None else family.sampler_for(config, path)
-    except (OSError, ValueError, AttributeError, TypeError, ModelError):
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, ModelError):
         return {}
+
+
+def _base(path: str) -> str:
+    """The model of an adapter directory; anything else as it is."""
+    folder = Path(path)
+    if (folder / "config.json").is_file() or not (folder / "adapter_config.json").is_file():
+        return path
+    return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
 def _config(path: str) -> dict[str, Any]:
     folder = Path(path)
     if (folder / "config.json").is_file():
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if (folder / "adapter_config.json").is_file():
-        adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        return _config(adapter["base_model_name_or_path"])
     if folder.exists() or path.startswith((".", "/")) or path.count("/") > 1:
         return {}
     from dllm_ray.models.checkpoint import read_json

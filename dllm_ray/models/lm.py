@@ -37,7 +37,7 @@ class LogitsModule(nn.Module):
         base = _without_adapter(model)
         self._trunk = [base.base_model]  # in a list: it is part of `model` and must not be registered twice
         self._is_decoder = is_decoder(base)
-        config = base.config
+        config = base.config.get_text_config()
         self._position_offset = position_offset(config.model_type, config.pad_token_id)
 
     def forward(
@@ -104,7 +104,7 @@ class DiffusionLM:
         self.model = model
         self.tokenizer = tokenizer
         self.spec = spec
-        self.module = module if module is not None else LogitsModule(model, spec.block_size)
+        self.module = module if module is not None else LogitsModule(model, spec.grid)
 
     @property
     def device(self) -> torch.device:
@@ -174,6 +174,7 @@ def is_decoder(model: nn.Module) -> bool:
 
 def usable_positions(config) -> int | None:
     """Longest sequence that a transformers config allows, in tokens; None when it states no limit."""
+    config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if limit is None:
         return None

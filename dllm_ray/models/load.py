@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dllm_ray.errors import ModelError
-from dllm_ray.models.adapters import ADAPTER_CONFIG, add_adapter, base_of, quantization_config
+from dllm_ray.models.adapters import ADAPTER_CONFIG, add_adapter, base_of, quantization_config, ready_for_cpu
 from dllm_ray.models.blueprint import Blueprint, resolve, spec_of
 from dllm_ray.models.checkpoint import WEIGHTS, Assembled, Checkpoint, Stored, whole
 from dllm_ray.models.config import ModelConfig, expand_home
@@ -22,7 +22,7 @@ from dllm_ray.models.mapping import to_native
 from dllm_ray.models.probe import check_bidirectional
 from dllm_ray.models.spec import CONFIG_KEY, DiffusionSpec
 from dllm_ray.models.tokenizers import first_line
-from dllm_ray.models.vocabulary import fit, rows_needed
+from dllm_ray.models.vocabulary import check_ids, fit, rows_needed
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def load(
     model = _load_model(checkpoint, blueprint, dtype, device_map or device, quantization)
     spec = spec_of(blueprint, tokenizer)
     fit(model, tokenizer, known)
-    _check_ids(path, spec, model.get_input_embeddings().num_embeddings)
+    check_ids(path, spec, model.get_input_embeddings().num_embeddings)
     setattr(model.config, CONFIG_KEY, spec.to_dict())
     model.eval()
     lm = DiffusionLM(model, tokenizer, spec)
@@ -196,6 +196,7 @@ def _load_model(checkpoint: Checkpoint, blueprint: Blueprint, dtype: str, placem
         raise
     except Exception as error:  # transformers and safetensors raise many types for a broken checkpoint
         raise ModelError(f"{path}: the checkpoint can't be loaded: {first_line(error)}") from error
+    ready_for_cpu(model)
     model.config._name_or_path = model.name_or_path = str(Path(path).resolve()) if Path(path).is_dir() else path
     _check_tensors(path, blueprint, model, report)
     return model
@@ -251,9 +252,3 @@ def _check_tensors(path: str, blueprint: Blueprint, model, report: dict) -> None
         )
     if unexpected:
         logger.info("%s: tensors that a diffusion model doesn't need: %s", path, ", ".join(unexpected))
-
-
-def _check_ids(path: str, spec: DiffusionSpec, rows: int) -> None:
-    for name, value in spec.to_dict().items():
-        if name.endswith("_token_id") and value is not None and not 0 <= value < rows:
-            raise ModelError(f"{path}: {name} {value} is outside the vocabulary of {rows} tokens")

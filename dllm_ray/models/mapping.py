@@ -74,20 +74,20 @@ def to_native(
     """
     rules, tied, left = tuple(rules), set(tied), set(tensors)
     made: dict[str, Assembled] = {}
-    missing: list[str] = []
+    missing: dict[str, None] = {}  # in order, each once: several native tensors may need the same published one
     for name, shape in shapes.items():
         rule, numbers = _match(rules, name)
         sources = _sources(rule, name, numbers, shape, tensors)
-        absent = [source for source, *_ in sources if source not in tensors]
-        if absent or not sources:
+        absent = [source for source, _ in sources if source not in tensors]
+        left -= {source for source, _ in sources}
+        if absent:
             if name not in tied:
-                missing += absent or [_fill(rule.original[0], numbers | {"e": "0"})]
+                missing |= dict.fromkeys(absent)
             continue
-        left -= {source for source, *_ in sources}
         made[name] = _assemble(rule, name, shape, sources, tensors, shapes, where)
     if missing:
         raise ModelError(
-            f"{where}: {len(missing)} tensors are missing from the weights, first {missing[0]!r}; "
+            f"{where}: {len(missing)} tensors are missing from the weights, first {next(iter(missing))!r}; "
             f"found {len(tensors)}, expected {len(tensors) - len(left) + len(missing)}"
         )
     if left:
@@ -105,6 +105,9 @@ def to_original(rules: Iterable[Rule], tensors: Mapping[str, Stored]) -> dict[st
     Args:
         rules: the family's; tensors that none names keep their names.
         tensors: the tensors of a native checkpoint.
+
+    Raises:
+        ModelError: tensors that are to be joined have different types.
     """
     rules = tuple(rules)
     made: dict[str, Assembled] = {}
@@ -117,7 +120,7 @@ def to_original(rules: Iterable[Rule], tensors: Mapping[str, Stored]) -> dict[st
         elif isinstance(rule, Fused):
             original = _fill(rule.original, numbers)
             if original not in made:
-                made[original] = _joined([tensors[_fill(part, numbers)] for part in rule.native])
+                made[original] = _joined([tensors[_fill(part, numbers)] for part in rule.native], original)
         else:
             made[name] = whole(tensor)
     return made
@@ -216,7 +219,10 @@ def _unstacked(rule: Stacked, numbers: Mapping[str, str], tensor: Stored) -> dic
     }
 
 
-def _joined(parts: list[Stored]) -> Assembled:
+def _joined(parts: list[Stored], name: str) -> Assembled:
+    dtypes = {part.dtype for part in parts}
+    if len(dtypes) > 1:
+        raise ModelError(f"the parts of {name!r} have different types: {', '.join(sorted(map(str, dtypes)))}")
     rows = 0
     pieces = []
     for part in parts:

@@ -50,7 +50,7 @@ def check_architecture(model_class: type, config) -> None:
     """
     small = copy.deepcopy(config)
     small.vocab_size = _VOCABULARY
-    small.pad_token_id = small.eos_token_id = small.bos_token_id = None
+    small.pad_token_id = small.eos_token_id = small.bos_token_id = 0
     layers = min(small.num_hidden_layers, 2)
     small.num_hidden_layers = layers
     if getattr(small, "layer_types", None):

@@ -57,6 +57,11 @@ class DiffusionSpec:
             )
 
     @property
+    def grid(self) -> int | None:
+        """Block size of block-causal attention; None where attention is full."""
+        return self.block_size if self.attention == "block_causal" else None
+
+    @property
     def stop_token_ids(self) -> tuple[int, ...]:
         """The tokens that end a completion."""
         if self.eot_token_id is None or self.eot_token_id == self.eos_token_id:

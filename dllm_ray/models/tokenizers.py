@@ -46,15 +46,18 @@ def load_tokenizer(path: str, native: str | None = None):
 
     try:
         if native is None:
-            return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        if find(path, "tokenizer.json") is not None:
-            return PreTrainedTokenizerFast.from_pretrained(path)
-        return tokenizer_class_from_name(TOKENIZER_MAPPING_NAMES[native]).from_pretrained(path)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        elif find(path, "tokenizer.json") is not None:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+        else:
+            tokenizer = tokenizer_class_from_name(TOKENIZER_MAPPING_NAMES[native]).from_pretrained(path)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and others here
         raise ModelError(
             f"{path}: no tokenizer could be loaded from it (expected tokenizer.json or the files of a tokenizer "
             f"that transformers knows, beside config.json): {first_line(error)}"
         ) from error
+    tokenizer.init_kwargs.pop("auto_map", None)  # what we save doesn't ask others to run code either
+    return tokenizer
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int):

@@ -2,6 +2,9 @@
 
 import torch
 
+from dllm_ray.errors import ModelError
+from dllm_ray.models.spec import DiffusionSpec
+
 
 def rows_needed(tokenizer) -> int:
     """Rows of the embeddings that the tokenizer's tokens take."""
@@ -41,3 +44,14 @@ def fit(model, tokenizer, known: int) -> None:
         model.resize_token_embeddings(needed, mean_resizing=False)
     for name in vocabulary_tensors(model):
         mean_rows(model.get_parameter(name), old, needed)
+
+
+def check_ids(path: str, spec: DiffusionSpec, rows: int) -> None:
+    """Makes sure that the spec's tokens have embeddings.
+
+    Raises:
+        ModelError: one has none.
+    """
+    for name, value in spec.to_dict().items():
+        if name.endswith("_token_id") and value is not None and not 0 <= value < rows:
+            raise ModelError(f"{path}: {name} {value} is outside the vocabulary of {rows} tokens")

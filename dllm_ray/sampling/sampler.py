@@ -129,7 +129,7 @@ class Sampler:
     def _blocks(self, prompt: int, new: int) -> tuple[int, int, int]:
         """Where the first block of an answer begins, the size of a block, and most steps for each."""
         spec, config = self.lm.spec, self.config
-        if spec.block_size is None:
+        if spec.grid is None:
             return prompt, *config.blocks(new)
         # The model's own grid starts at position 0: the end of the prompt shares its block with the first new tokens.
         size = self._grid()
@@ -138,7 +138,7 @@ class Sampler:
 
     def _grid(self) -> int:
         """Block size of a model with block-causal attention."""
-        own, asked = self.lm.spec.block_size, self.config.block_size
+        own, asked = self.lm.spec.grid, self.config.block_size
         if asked is not None and own % asked:
             raise ConfigError(
                 f"{asked} doesn't divide the {own} positions of a block of this model's attention", "block_size"
@@ -147,7 +147,7 @@ class Sampler:
 
     def _gaps(self, rows: Sequence[Sequence[int]], seeds: Sequence[int] | None) -> list[Row]:
         longest = max(map(len, rows), default=0)
-        block = self.config.block_size or max(longest, 1) if self.lm.spec.block_size is None else self._grid()
+        block = self.config.block_size or max(longest, 1) if self.lm.spec.grid is None else self._grid()
         # Counted over the longest row, so that `steps` bounds the whole call; steps_per_block is each row's own.
         steps = self.config.steps_in_block(max(-(-longest // block), 1))
         mask = self.lm.spec.mask_token_id
