@@ -6,6 +6,7 @@ nothing is ever held twice.
 
 import json
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -116,6 +117,7 @@ class DistributedTensor:
 
         whole = target if start == 0 and target.numel() == prod(self.shape) else torch.empty(prod(self.shape))
         whole = whole.to(self.dtype).view(self.shape)
+        warnings.filterwarnings("ignore", message=".*intent is to load in a single process")  # as `no_dist` says
         try:
             dcp.load({self.key: whole}, storage_reader=dcp.FileSystemReader(self.folder), no_dist=True)
         except (Exception, CheckpointException) as error:  # the latter is no Exception

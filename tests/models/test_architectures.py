@@ -239,6 +239,15 @@ def test_a_block_causal_model_is_the_full_one_with_the_mask(convert, kind):
     assert torch.equal(blocks.logits(ids), full.logits(ids, block_pattern()[None, None]))
 
 
+@every_architecture
+@both_objectives
+def test_logits_at_chosen_positions_are_those_of_the_whole_grid(convert, kind, objective):
+    lm, ids = convert(kind, objective).lm, some_ids(rows=2)
+    chosen = torch.tensor([0, 5, WIDTH - 1, WIDTH, 2 * WIDTH - 1])
+    whole = lm.logits(ids).flatten(0, 1)
+    torch.testing.assert_close(lm.logits(ids, positions=chosen), whole[chosen], rtol=0, atol=1e-6)
+
+
 # --- what is written
 
 
@@ -438,6 +447,18 @@ def test_a_window_may_be_taken_away_in_the_config_as_the_refusal_says(tmp_path, 
     everything = torch.ones(CONTEXT, CONTEXT, dtype=torch.bool)
     assert_seen_exactly_where(everything, influence(made.lm.logits, some_ids(CONTEXT)))
     assert advice in said and harmful not in said
+
+
+def test_a_decoder_that_does_not_name_its_trunk_is_converted(tmp_path):
+    """`Llama4ForCausalLM.base_model` is itself: there is no trunk to cut positions out of."""
+    extra = {"layer_types": ["full_attention"] * 2, "num_local_experts": 2}
+    made = converted_to(
+        tmp_path / "native", causal_directory(tmp_path / "source", "llama4_text", **extra), Target("mdlm")
+    )
+    assert_seen_exactly_where(FULL, influence(made.lm.logits, some_ids()))
+    chosen = torch.tensor([0, 5, WIDTH - 1])
+    logits = made.lm.logits(some_ids(), positions=chosen)
+    torch.testing.assert_close(logits, made.lm.logits(some_ids())[0, chosen], rtol=0, atol=1e-6)
 
 
 def test_a_config_whose_special_tokens_must_be_numbers_is_converted(tmp_path):
