@@ -1,5 +1,6 @@
 """From a command line to an exit status: parses a job's settings, runs it, and reports user errors in one message."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -30,9 +31,10 @@ def run_job(job: type[T], main: Callable[[T], None], description: str, argv: lis
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator" not in record.getMessage())
     try:
         argv = sys.argv[1:] if argv is None else argv
-        main(parse(job, argv, f"python jobs/{Path(sys.argv[0]).name}", description, _model_defaults))
+        main(parse(job, argv, f"python jobs/{Path(sys.argv[0]).name}", description, {"sampler": _sampler_of_the_model}))
     except DllmRayError as error:
         message = f"error: {error}".encode(errors="backslashreplace").decode()  # it may quote broken Unicode
         print(message, file=sys.stderr)
@@ -43,11 +45,11 @@ def run_job(job: type[T], main: Callable[[T], None], description: str, argv: lis
     return 0
 
 
-def _model_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+def _sampler_of_the_model(given: Mapping[str, Any]) -> dict[str, Any]:
     """The sampler settings that come with the chosen model; settings of the user's own override them."""
     path = given.get("model.path")
     if not isinstance(path, str) or not path:
         return {}
     from dllm_ray.models.defaults import sampler_settings
 
-    return {"sampler": sampler_settings(path)}
+    return sampler_settings(path)

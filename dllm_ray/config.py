@@ -25,7 +25,11 @@ _CREDENTIALS = re.compile(r"(\w://)[^/@\s]+@")  # user:password@ of a URL
 
 
 def parse(
-    job: type[T], argv: list[str], prog: str, description: str, defaults: Callable[[Mapping[str, Any]], Mapping] = dict
+    job: type[T],
+    argv: list[str],
+    prog: str,
+    description: str,
+    defaults: Mapping[str, Callable[[Mapping[str, Any]], Mapping]] | None = None,
 ) -> T:
     """Reads the settings of one job.
 
@@ -35,8 +39,9 @@ def parse(
             `--section.field value` wins over every file; `--print_config` prints the resolved settings as YAML.
         prog: how the program is called, for the help text.
         description: first lines of the help text.
-        defaults: given what files and command line set (dotted name -> value), returns a tree of settings that both
-            of them override, e.g. those that come with the chosen model.
+        defaults: section -> a function that, given what files and command line set (dotted name -> value), returns
+            values for it that both of them override, e.g. those that come with the chosen model. Sections that the job
+            doesn't have are left alone.
 
     Returns:
         An instance of `job`, validated by the `__post_init__` of its parts.
@@ -54,7 +59,8 @@ def parse(
         _check_keys(loaded, job, where=file)
         tree = merge(tree, loaded)
     given = _given(tree, overrides)
-    tree = merge(_for_job(job, defaults(given)), tree)
+    sections = typing.get_type_hints(job)
+    tree = merge({name: find(given) for name, find in (defaults or {}).items() if name in sections}, tree)
     try:
         namespace = parser.parse_args(overrides, namespace=parser.parse_object(tree)) if tree else None
         namespace = namespace or parser.parse_args(overrides)
@@ -251,12 +257,6 @@ def _given(tree: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
         name, _, value = word[2:].partition("=")
         given[name] = None if value == "null" else value
     return given
-
-
-def _for_job(job: type, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults of the sections that a job has."""
-    hints = typing.get_type_hints(job)
-    return {section: values for section, values in defaults.items() if section in hints and values}
 
 
 def _build_parser(job: type, prog: str, description: str):

@@ -60,7 +60,9 @@ def new_directory(target: Path, overwrite: bool) -> Iterator[Path]:
         yield temporary
         replace_directory(temporary, target)
     except OSError as error:
-        raise OutputError(f"{target} can't be written: {error.strerror or error}") from error
+        inside = error.filename is None or Path(str(error.filename)).is_relative_to(temporary)
+        where = "" if inside else f" ({error.filename})"
+        raise OutputError(f"{target} can't be written: {error.strerror or error}{where}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

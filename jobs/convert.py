@@ -21,11 +21,12 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from dllm_ray.cli import run_job
-from dllm_ray.errors import ConfigError
+from dllm_ray.errors import ConfigError, OutputError
 from dllm_ray.models.config import ModelConfig
 from dllm_ray.output import new_directory
 
 _MIB = 1 << 20
+_MODELS = ("config.json", "adapter_config.json")  # what marks a directory that --overwrite may replace
 
 
 @dataclass
@@ -71,7 +72,8 @@ class ConvertJob:
 
 def main(job: ConvertJob) -> None:
     from dllm_ray.models import convert
-    from dllm_ray.models.load import check_path
+    from dllm_ray.models.adapters import base_of
+    from dllm_ray.models.load import check_path, is_adapter
 
     if job.describe is not None:
         path = str(Path(job.describe).expanduser()) if job.describe.startswith("~") else job.describe
@@ -91,17 +93,21 @@ def main(job: ConvertJob) -> None:
             shown = done // _MIB
             progress.update(shown if done < total else -(-total // _MIB))
 
-    path, shard_bytes = job.model.path, int(job.shard_gb * 1e9)
+    path, adapter, shard_bytes = job.model.path, job.model.adapter, int(job.shard_gb * 1e9)
+    if adapter is None and is_adapter(path):
+        path, adapter = base_of(path), path
     target = convert.Target("native" if job.to == "original" else job.to, job.block_size, job.shift_logits)
     output_dir = Path(job.output_dir).expanduser().resolve()
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not any((output_dir / name).is_file() for name in _MODELS):
+        raise OutputError(f"{output_dir} exists and holds no model, so it isn't replaced; name another --output_dir")
     with new_directory(output_dir, job.overwrite) as directory:
-        if job.model.adapter is not None and job.to == "original":
+        if adapter is not None and job.to == "original":
             merged = directory / "merged"
-            convert.merge_adapter(path, job.model.adapter, merged, target)
+            convert.merge_adapter(path, adapter, merged, target)
             convert.to_original(str(merged), directory, shard_bytes, on_progress)
             shutil.rmtree(merged)
-        elif job.model.adapter is not None:
-            convert.merge_adapter(path, job.model.adapter, directory, target, job.model.dtype)
+        elif adapter is not None:
+            convert.merge_adapter(path, adapter, directory, target, job.model.dtype)
         elif job.to == "original":
             convert.to_original(path, directory, shard_bytes, on_progress)
         else:

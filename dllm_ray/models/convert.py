@@ -1,7 +1,8 @@
 """Turns one model directory into another, tensor by tensor: published layouts to native ones and back, autoregressive
 models to diffusion models, training checkpoints to plain directories, adapters into their base.
 
-Never holds more than one tensor, except where a model has to be run through PEFT or gets a new head.
+Holds one tensor at a time, except where a model has to go through PEFT or gets a new head; and, at the beginning, two
+layers with random weights, to check what attention a decoder really has.
 """
 
 import dataclasses
@@ -83,7 +84,7 @@ def to_native(
     checkpoint = Checkpoint(path)
     blueprint = resolve(checkpoint)
     if blueprint.is_decoder:
-        probe.check_architecture(blueprint.model_class, blueprint.config)
+        probe.check_architecture(blueprint.model_class, blueprint.config, path)
     tokenizer = blueprint.tokenizer()
     known = rows_needed(tokenizer)
     tokenizer = blueprint.prepare(tokenizer)
@@ -104,6 +105,10 @@ def to_native(
     config.architectures = [blueprint.model_class.__name__]
     config.dtype = _main_dtype(tensors)
     setattr(config, CONFIG_KEY, spec.to_dict())
+    for name, tensor in blueprint.skeleton().state_dict().items():  # with the vocabulary as it is now
+        if name in tensors and tensors[name].shape != tuple(tensor.shape):
+            made, wanted = list(tensors[name].shape), list(tensor.shape)
+            raise ModelError(f"{path}: {name!r} would have the shape {made}, where {rows} tokens need {wanted}")
     _write_weights(directory, tensors, shard_bytes, on_progress)
     tokenizer.save_pretrained(directory)
     config.save_pretrained(directory)

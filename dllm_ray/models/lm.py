@@ -64,6 +64,8 @@ class LogitsModule(nn.Module):
 
         def gather(_module, _inputs, output):
             nonlocal gathered
+            if not hasattr(output, "last_hidden_state"):  # a decoder that doesn't name its trunk (Llama 4)
+                return output
             hidden_BTH = output.last_hidden_state
             output.last_hidden_state = hidden_BTH.flatten(0, 1).index_select(0, positions).unsqueeze(0)
             gathered = True
@@ -74,7 +76,7 @@ class LogitsModule(nn.Module):
             logits = self.model(**arguments).logits  # [1, N, V]
         finally:
             hook.remove()
-        # A few architectures (OPT) call into their trunk past its forward; then the head saw every position.
+        # A few architectures call into their trunk past its forward (OPT), or name none: the head saw every position.
         return logits.squeeze(0) if gathered else logits.flatten(0, 1).index_select(0, positions)
 
     def _attention(self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:

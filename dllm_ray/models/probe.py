@@ -38,12 +38,13 @@ def check_bidirectional(model) -> None:
         raise _causal(model)
 
 
-def check_architecture(model_class: type, config) -> None:
+def check_architecture(model_class: type, config, where: str) -> None:
     """Checks the attention of an architecture on a copy with few layers, a small vocabulary and random weights.
 
     Args:
         model_class: a decoder of transformers.
         config: its config, marked bidirectional.
+        where: the checkpoint, for messages.
 
     Raises:
         ModelError: one of the three properties doesn't hold, or the copy can't be run.
@@ -53,6 +54,7 @@ def check_architecture(model_class: type, config) -> None:
     small.pad_token_id = small.eos_token_id = small.bos_token_id = 0
     layers = min(small.num_hidden_layers, 2)
     small.num_hidden_layers = layers
+    small.initializer_range = 0.02  # whatever the model's own: the copy's weights must make a difference
     if getattr(small, "layer_types", None):
         small.layer_types = small.layer_types[:layers]
     try:
@@ -60,12 +62,13 @@ def check_architecture(model_class: type, config) -> None:
             torch.manual_seed(0)
             model = model_class(small).float().eval()
         check_attention(model)
-    except ModelError:
-        raise
+    except ModelError as error:
+        raise ModelError(f"{where}: {error}") from None
     except Exception as error:  # an architecture that can't take such a mask fails at a place of its own
+        said = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(
-            f"{model_class.__name__} can't be run as a diffusion model: {type(error).__name__} while its attention was "
-            f"checked: {(str(error).strip().splitlines() or [''])[0]}"
+            f"{where}: {model_class.__name__} can't be run as a diffusion model: {type(error).__name__} while its "
+            f"attention was checked: {said}"
         ) from error
 
 

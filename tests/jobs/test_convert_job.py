@@ -187,11 +187,22 @@ def test_an_existing_directory_is_replaced_when_told(llada, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").touch()
+    (out / "config.json").touch()
     words = command("convert", {"model.path": str(llada), "output_dir": str(out)})
     done = subprocess.run([*words, "--overwrite"], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "config.json" in names(out) and "old" not in names(out)
     assert names(tmp_path) == ["LLaDA-8B", "out"]
+
+
+def test_a_directory_that_holds_no_model_is_never_replaced(llada, tmp_path):
+    out = tmp_path / "home"
+    out.mkdir()
+    (out / "thesis.tex").write_text("precious")
+    done = run("convert", model__path=str(llada), output_dir=str(out), overwrite="true")
+    assert done.returncode == 2
+    assert done.stderr == f"error: {out} exists and holds no model, so it isn't replaced; name another --output_dir\n"
+    assert (out / "thesis.tex").read_text() == "precious"
 
 
 def test_a_model_may_be_converted_in_its_place(llada, golden):

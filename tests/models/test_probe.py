@@ -121,7 +121,7 @@ def refused(check, *arguments) -> str:
 
 def test_a_bidirectional_decoder_passes():
     probe.check_attention(model())
-    probe.check_architecture(LlamaForCausalLM, config())
+    probe.check_architecture(LlamaForCausalLM, config(), "here")
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -134,14 +134,14 @@ def test_either_implementation_of_attention_passes(implementation):
 def test_a_causal_decoder_is_refused():
     said = refused(probe.check_attention, model(is_causal=True))
     assert said.startswith(f"LlamaForCausalLM: {CAUSAL}")
-    assert CAUSAL in refused(probe.check_architecture, LlamaForCausalLM, config(is_causal=True))
+    assert CAUSAL in refused(probe.check_architecture, LlamaForCausalLM, config(is_causal=True), "here")
 
 
 @pytest.mark.parametrize(("model_class", "said"), MISBEHAVING, ids=lambda value: getattr(value, "__name__", ""))
 def test_a_decoder_that_misbehaves_is_refused_by_name_with_the_reason(model_class, said):
     said = f"{model_class.__name__}: {said}"
     assert refused(probe.check_attention, model(model_class)).startswith(said)
-    assert refused(probe.check_architecture, model_class, config()).startswith(said)
+    assert refused(probe.check_architecture, model_class, config(), "here").startswith(f"here: {said}")
 
 
 def test_the_refusal_says_by_how_much_padding_leaks():
@@ -151,8 +151,8 @@ def test_the_refusal_says_by_how_much_padding_leaks():
 
 
 def test_an_architecture_that_fails_is_refused_with_the_first_line_of_its_error():
-    said = "MaskRefused can't be run as a diffusion model: ValueError while its attention was checked: "
-    assert refused(probe.check_architecture, MaskRefused, config()) == said + "too many dimensions"
+    said = "here: MaskRefused can't be run as a diffusion model: ValueError while its attention was checked: "
+    assert refused(probe.check_architecture, MaskRefused, config(), "here") == said + "too many dimensions"
 
 
 def test_an_architecture_that_cannot_be_built_is_refused():
@@ -160,8 +160,8 @@ def test_an_architecture_that_cannot_be_built_is_refused():
         def __init__(self, config):
             raise RuntimeError
 
-    said = "Unbuildable can't be run as a diffusion model: RuntimeError while its attention was checked: "
-    assert refused(probe.check_architecture, Unbuildable, config()) == said
+    said = "here: Unbuildable can't be run as a diffusion model: RuntimeError while its attention was checked: "
+    assert refused(probe.check_architecture, Unbuildable, config(), "here") == said
 
 
 def test_a_window_that_the_canvas_is_wider_than_is_found():
@@ -169,7 +169,7 @@ def test_a_window_that_the_canvas_is_wider_than_is_found():
 
     narrow = MistralConfig(**SIZES, vocab_size=260, num_key_value_heads=2, sliding_window=4, head_dim=16)
     narrow.is_causal = False
-    assert CAUSAL in refused(probe.check_architecture, MistralForCausalLM, narrow)
+    assert CAUSAL in refused(probe.check_architecture, MistralForCausalLM, narrow, "here")
 
 
 @pytest.mark.parametrize("vocab_size", [8, 64, 65, 1000])
@@ -190,7 +190,7 @@ def built(model_class: type, given):
             seen.append(copy.deepcopy(config))
             super().__init__(config)
 
-    probe.check_architecture(Watched, given)
+    probe.check_architecture(Watched, given, "here")
     (small,) = seen
     return small
 
@@ -215,7 +215,7 @@ def test_the_kinds_of_layers_are_cut_with_the_layers():
 
 
 def test_a_model_of_one_layer_stays_one():
-    probe.check_architecture(LlamaForCausalLM, config(num_hidden_layers=1))
+    probe.check_architecture(LlamaForCausalLM, config(num_hidden_layers=1), "here")
 
 
 def test_checking_leaves_random_numbers_and_the_model_as_they_were():
@@ -224,7 +224,7 @@ def test_checking_leaves_random_numbers_and_the_model_as_they_were():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    probe.check_architecture(LlamaForCausalLM, config())
+    probe.check_architecture(LlamaForCausalLM, config(), "here")
     probe.check_attention(checked)
     assert torch.equal(torch.rand(3), expected)
     assert all(torch.equal(checked.state_dict()[name], tensor) for name, tensor in weights.items())
