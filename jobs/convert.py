@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 from dllm_ray.cli import run_job
 from dllm_ray.errors import ConfigError, OutputError
-from dllm_ray.models.config import ModelConfig
+from dllm_ray.models.config import ModelConfig, place
 from dllm_ray.output import new_directory
 
 _MIB = 1 << 20
@@ -76,7 +76,7 @@ def main(job: ConvertJob) -> None:
     from dllm_ray.models.load import check_path, is_adapter
 
     if job.describe is not None:
-        path = str(Path(job.describe).expanduser()) if job.describe.startswith("~") else job.describe
+        path = place(job.describe)
         check_path(path)
         print(convert.description(path))
         return

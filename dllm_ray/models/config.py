@@ -59,7 +59,7 @@ class ModelConfig:
     """The model to build when `path` is null."""
 
     def __post_init__(self):
-        self.path, self.adapter = (path and expand_home(path) for path in (self.path, self.adapter))
+        self.path, self.adapter = (path and place(path) for path in (self.path, self.adapter))
         if self.path is None and (self.adapter or self.quantization):
             raise ConfigError("an adapter or quantization needs a model to load: set model.path", "path")
 
@@ -87,6 +87,7 @@ class LoRAConfig:
             raise ConfigError(f"must lie in [0, 1), got {self.dropout}", "dropout")
 
 
-def expand_home(path: str) -> str:
-    """`path` with a leading ~ replaced; anything else, a hub id among them, as it is."""
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+def place(path: str) -> str:
+    """A local directory by its absolute path, as workers run elsewhere; anything else, a hub id among them, as it is."""
+    local = Path(path).expanduser() if path.startswith("~") else Path(path)
+    return str(local.absolute()) if local.exists() or path.startswith("~") else path

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_ray.errors import ModelError
-from dllm_ray.models.config import expand_home
+from dllm_ray.models.config import place
 
 
 def sampler_settings(path: str) -> dict[str, Any]:
@@ -14,7 +14,7 @@ def sampler_settings(path: str) -> dict[str, Any]:
     Empty for what can't be read; loading will say why.
     """
     try:
-        path = _base(expand_home(path))
+        path = _base(place(path))
         config = _config(path)
         stored = config.get("diffusion")
         if stored is not None:

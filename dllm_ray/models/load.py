@@ -16,7 +16,7 @@ from dllm_ray.errors import ModelError
 from dllm_ray.models.adapters import ADAPTER_CONFIG, add_adapter, base_of, quantization_config, ready_for_cpu
 from dllm_ray.models.blueprint import Blueprint, resolve, spec_of
 from dllm_ray.models.checkpoint import WEIGHTS, Assembled, Checkpoint, Stored, whole
-from dllm_ray.models.config import ModelConfig, expand_home
+from dllm_ray.models.config import ModelConfig, place
 from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.models.mapping import to_native
 from dllm_ray.models.probe import check_bidirectional
@@ -65,8 +65,8 @@ def load(
     Raises:
         ModelError: what is missing or doesn't fit, with what was found and expected.
     """
-    path = expand_home(str(path))
-    adapter = None if adapter is None else expand_home(str(adapter))
+    path = place(str(path))
+    adapter = None if adapter is None else place(str(adapter))
     if adapter is None and is_adapter(path):
         path, adapter = base_of(path), path
     check_path(path)

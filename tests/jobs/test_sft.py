@@ -1,11 +1,12 @@
 """jobs/sft.py from end to end: what it leaves behind."""
 
 import json
+import subprocess
 
 import pytest
 import torch
 import yaml
-from jobs_testing import history, run, runs, train
+from jobs_testing import ROOT, command, environment, history, run, runs, train
 
 pytestmark = pytest.mark.slow
 
@@ -169,3 +170,20 @@ def test_a_run_that_diverges_stops_with_the_step_and_keeps_the_last_good_checkpo
     assert not (tmp_path / "run" / "final").exists()
     (found,) = runs(tmp_path / "run")
     assert found.info.status == "FAILED"
+
+
+def test_a_model_may_be_named_by_a_relative_path(tmp_path, make_lm):
+    """Workers run in a folder of their own."""
+    make_lm("bert").save(tmp_path / "model")
+    words = command("sft", {"model.path": "model", "data.path": "builtin:digits[train:32]", "output_dir": "run"})
+    few = [
+        "--train.max_steps=1",
+        "--train.workers=1",
+        "--train.max_length=48",
+        "--train.batch_size=4",
+        "--sample_rows=0",
+    ]
+    words[1] = str(ROOT / words[1])
+    done = subprocess.run([*words, *few], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "run" / "final" / "config.json").is_file()

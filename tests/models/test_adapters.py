@@ -92,6 +92,14 @@ def test_a_familys_own_recipe_is_the_default(adapted, model):
     assert targets_of(adapted(model)) == RECIPES[model]
 
 
+def test_llada_moe_adapts_attention_only_though_it_may_have_a_dense_mlp(make_lm):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0]}
+    lm = make_lm("qwen3_moe", extra=experts)
+    assert type(lm.model.model.layers[0].mlp.up_proj) is nn.Linear
+    adapted = add_lora(DiffusionLM(lm.model, lm.tokenizer, replace(lm.spec, family="llada_moe")), LoRAConfig(rank=2), 0)
+    assert targets_of(adapted) == {f"model.layers.{i}.self_attn.{part}" for i in range(2) for part in ATTENTION}
+
+
 def test_an_encoder_adapts_every_linear_layer_of_its_trunk(adapted):
     lm = adapted("modernbert")
     base = lm.model.get_base_model()
@@ -343,6 +351,15 @@ def test_an_adapter_of_another_family_is_refused_though_the_shapes_are_the_same(
     said = refused(path("a2d_qwen2"), of_dream)
     assert f"was made for another base model, {path('dream')}" in said
     assert f"{path('a2d_qwen2')} has family 'a2d-qwen2', expected 'dream'" in said
+
+
+def test_an_adapter_of_another_family_is_refused_though_the_weights_are_the_same(of_dream, path, tmp_path):
+    """They are read in another way: Dream's logits predict the token to their right."""
+    other = Path(shutil.copytree(path("dream"), tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    config |= {"model_type": "a2d-qwen2", "architectures": ["A2DQwen2LMHeadModel"]}
+    (other / "config.json").write_text(json.dumps(config))
+    assert f"{other} has family 'a2d-qwen2', expected 'dream'" in refused(other, of_dream)
 
 
 def test_an_adapter_of_another_architecture_is_refused(of_dream, path):

@@ -646,6 +646,15 @@ def test_a_tied_llada_may_state_its_head_all_the_same(publish):
     same(load(publish(LLADA | fields, tensors)).logits(IDS), logits_of(model))
 
 
+def test_llada_fields_that_are_absent_have_the_values_of_its_class(publish):
+    rope = {"rope_type": "default", "rope_theta": 10_000.0}
+    sizes = SIZES | {"num_key_value_heads": 4, "tie_word_embeddings": True}
+    model = native(LlamaConfig(**sizes, rms_norm_eps=1e-5, rope_parameters=rope))
+    folder = publish(LLADA, in_lladas_layout(model))
+    configure(folder, rope_theta=ABSENT, rms_norm_eps=ABSENT, embedding_size=ABSENT)
+    same(load(folder).logits(IDS), logits_of(model))
+
+
 def test_an_untied_llada_without_its_head_is_refused(publish):
     model = native(LlamaConfig(**SIZES, tie_word_embeddings=True))
     folder = publish(LLADA | {"n_kv_heads": 2, "weight_tying": False}, in_lladas_layout(model))
@@ -805,6 +814,19 @@ def test_llada2_in_other_shapes_is_glm4_moe(publish, glm, fields):
     same(lm.logits(IDS), logits_of(model, 8))
     assert (lm.spec.family, lm.spec.block_size, lm.spec.mask_token_id) == ("llada2", 8, 263)
     assert lm.tokenizer.convert_ids_to_tokens(lm.spec.eot_token_id) == "<|role_end|>"
+
+
+def test_llada2_fields_that_are_absent_have_the_values_of_its_class(publish):
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
+    defaults = {"n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "first_k_dense_replace": 0}
+    experts = {"n_routed_experts": 16}
+    model = native(glm4_moe(**defaults, **experts, rms_norm_eps=1e-5, rope_parameters=rope))
+    folder = publish(LLADA2 | {"num_experts": 16}, in_llada2s_layout(model))
+    absent = (*defaults, "rms_norm_eps", "rope_theta", "partial_rotary_factor", "use_qkv_bias", "tie_word_embeddings")
+    configure(folder, **dict.fromkeys(absent, ABSENT))
+    lm = load(folder)
+    same(lm.logits(IDS), logits_of(model, 32))
+    assert lm.spec.block_size == 32
 
 
 def test_a_bias_that_the_config_does_not_speak_of_is_refused(publish):

@@ -137,8 +137,7 @@ class Family:
 
     def blocks(self, config: Mapping[str, Any], path: str) -> int | None:
         """Block size of the checkpoint at `path` with this config.json; None where attention is full."""
-        name = Path(path).resolve().name if Path(path).is_dir() else path.rpartition("/")[2]
-        named = self.block_name is not None and self.block_name in name.lower()
+        named = self.block_name is not None and self.block_name in Path(path).name.lower()
         if self.attention == "full" and not named:
             return None
         return (config.get(self.block_field) if self.block_field else None) or self.block_size
