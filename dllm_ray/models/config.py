@@ -88,6 +88,6 @@ class LoRAConfig:
 
 
 def place(path: str) -> str:
-    """A local directory by its absolute path, as workers run elsewhere; anything else, a hub id among them, as it is."""
+    """A local directory by its absolute path, as workers run elsewhere; a hub id as it is."""
     local = Path(path).expanduser() if path.startswith("~") else Path(path)
     return str(local.absolute()) if local.exists() or path.startswith("~") else path
