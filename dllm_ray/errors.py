@@ -52,3 +52,11 @@ class TrainingError(DllmRayError):
 
 class EvaluationError(DllmRayError):
     """A task or its data can't be evaluated."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of a library says, short enough for a message of ours: its first line that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"
+    return lines[0] if lines else type(error).__name__

@@ -72,8 +72,8 @@ class ConvertJob:
 
 def main(job: ConvertJob) -> None:
     from dllm_ray.models import convert
-    from dllm_ray.models.adapters import base_of
-    from dllm_ray.models.load import check_path, is_adapter
+    from dllm_ray.models.adapters import base_of, is_adapter
+    from dllm_ray.models.load import check_path
 
     if job.describe is not None:
         path = place(job.describe)

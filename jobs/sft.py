@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 from dllm_ray.cli import run_job
 from dllm_ray.config import check_seed, section, to_dict, without_secrets
 from dllm_ray.data.config import DataConfig
-from dllm_ray.errors import ConfigError
+from dllm_ray.errors import ConfigError, ModelError
 from dllm_ray.models.config import LoRAConfig, ModelConfig
 from dllm_ray.objectives.config import ObjectiveConfig
 from dllm_ray.sampling.config import SamplerConfig
@@ -197,11 +197,16 @@ def _fit(job, folder, prepared, tokenizer, shares, run) -> None:
 def _tokenizer_and_spec(job, folder, corpus):
     """The model's tokenizer (trained on the data for a model from scratch) and spec; checks the context length."""
     from dllm_ray.data.tokenize import texts
-    from dllm_ray.models import blueprint, load, scratch, tokenizers
+    from dllm_ray.models import adapters, blueprint, load, scratch, tokenizers
     from dllm_ray.training.run_folder import TOKENIZER
 
     if job.model.path is not None:
         load.check_path(job.model.path)
+        if adapters.is_adapter(job.model.path):
+            raise ModelError(
+                f"{job.model.path} is an adapter, and training starts from a model: merge it into its base first, "
+                f"python jobs/convert.py --model.path {job.model.path} --output_dir MERGED"
+            )
         tokenizer, spec, loaded = load.open_tokenizer(job.model.path)
         limit = loaded.max_length
         if spec.attention == "block_causal":

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import torch
 
-from dllm_ray.errors import ModelError
+from dllm_ray.errors import ModelError, first_line
 from dllm_ray.models import families
-from dllm_ray.models.checkpoint import Checkpoint, whole
+from dllm_ray.models.checkpoint import Checkpoint, read_json, whole
 from dllm_ray.models.config import LoRAConfig
 from dllm_ray.models.lm import DiffusionLM
-from dllm_ray.models.tokenizers import first_line
 
 logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # warns at import of kernels it does without
 
 ADAPTER_CONFIG = "adapter_config.json"
 _BASE = "diffusion_base.json"
 """Beside an adapter: which model it belongs to, beyond the name."""
+_NUMBERS = ("embeddings", "head", "vectors", "matrices")
 
 
 def quantization_config(kind: str, dtype: str):
@@ -58,9 +58,12 @@ def add_lora(lm: DiffusionLM, config: LoRAConfig, seed: int) -> DiffusionLM:
         seed: seeds the adapter's weights; torch's global generator is left as it was.
 
     Raises:
-        ModelError: no module has such a name.
+        ModelError: no module has such a name, or there is an adapter already.
     """
     from peft import LoraConfig, get_peft_model
+
+    if has_adapter(lm.model):
+        raise ModelError("the model has an adapter already; merge it into the weights first (jobs/convert.py)")
 
     family = families.by_name(lm.spec.family)
     targets = config.targets or (family.lora_targets if family is not None else "all-linear")
@@ -91,11 +94,21 @@ def base_of(adapter: str) -> str:
     Raises:
         ModelError: no readable adapter, or it names none.
     """
-    settings = _settings(adapter)
-    base = settings.get("base_model_name_or_path")
-    if not base:
-        raise ModelError(f"{adapter}: {ADAPTER_CONFIG} names no base model; load the base and pass this as its adapter")
+    base = _settings(adapter).get("base_model_name_or_path")
+    advice = f"name it yourself: --model.path BASE --model.adapter {adapter}"
+    if not isinstance(base, str) or not base:
+        raise ModelError(f"{adapter}: {ADAPTER_CONFIG} names no base model; {advice}")
+    folder = Path(base)
+    if not folder.exists() and (base.startswith((".", "/", "~")) or base.count("/") > 1):
+        raise ModelError(f"{adapter}: its base model is not there: {base}; {advice}")
+    if is_adapter(base):
+        raise ModelError(f"{adapter}: its base {base} is an adapter itself; {advice}")
     return base
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a directory holds a PEFT adapter and no model."""
+    return (Path(path) / ADAPTER_CONFIG).is_file() and not (Path(path) / "config.json").is_file()
 
 
 def add_adapter(lm: DiffusionLM, adapter: str) -> DiffusionLM:
@@ -110,7 +123,7 @@ def add_adapter(lm: DiffusionLM, adapter: str) -> DiffusionLM:
     here = fingerprint(lm)
     ours = (Path(adapter) / _BASE).is_file()
     if ours:
-        _check_base(lm, adapter, here, _json(Path(adapter) / _BASE), settings)
+        _check_base(lm, adapter, here, read_json(adapter, _BASE), settings)
     try:
         with warnings.catch_warnings(), _literal_targets(lm.model) if ours else nullcontext():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a name that it has renamed
@@ -155,18 +168,37 @@ def has_adapter(model) -> bool:
 
 
 def fingerprint(lm: DiffusionLM) -> dict:
-    """Family, architecture and sizes of a model, and numbers out of its embeddings, which no quantization changes."""
-    table = lm.model.get_input_embeddings().weight
-    rows = torch.linspace(0, min(len(table), 256) - 1, 16, device=table.device).long()
-    sample = table[rows, : min(2, table.shape[1])].detach().float().flatten().cpu()
+    """Family, architecture and sizes of a model, and a few numbers out of its weights.
+
+    `matrices` is empty where they are quantized; the other weights never are.
+    """
+    embeddings, head = lm.model.get_input_embeddings().weight, lm.model.get_output_embeddings()
+    vectors = [parameter for parameter in lm.model.parameters() if parameter.ndim == 1]  # norms and biases
+    matrices = [module.weight for module in lm.model.modules() if isinstance(module, torch.nn.Linear)]
+    quantized = any(not weight.is_floating_point() for weight in matrices)
     config = lm.model.config.get_text_config()
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads")
     return {
         "family": lm.spec.family,
         "architecture": type(lm.model).__name__,
         **{name: getattr(config, name, None) for name in sizes},
-        "embeddings": [float(f"{value:.4g}") for value in sample.tolist()],
+        "dtype": str(embeddings.dtype).removeprefix("torch."),
+        "embeddings": _corner(embeddings),
+        "head": [] if head is None else _corner(head.weight),
+        "vectors": [value for vector in _some(vectors) for value in vector[:4].detach().float().tolist()],
+        "matrices": [] if quantized else [value for matrix in _some(matrices) for value in matrix[0, :4].tolist()],
     }
+
+
+def _some(weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    """A few of them, from the first to the last."""
+    return [weights[index] for index in torch.linspace(0, len(weights) - 1, min(len(weights), 16)).long()]
+
+
+def _corner(table: torch.Tensor) -> list[float]:
+    """A few numbers out of rows that every size of vocabulary has."""
+    rows = torch.linspace(0, min(len(table), 256) - 1, 16, device=table.device).long()
+    return table[rows, :2].detach().float().flatten().tolist()
 
 
 def merge(lm: DiffusionLM) -> DiffusionLM:
@@ -178,17 +210,7 @@ def _settings(adapter: str) -> dict:
     file = Path(adapter) / ADAPTER_CONFIG
     if not file.is_file():
         raise ModelError(f"{adapter}: no {ADAPTER_CONFIG} in it; expected a PEFT adapter directory")
-    return _json(file)
-
-
-def _json(file: Path) -> dict:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ModelError(f"{file}: holds a {type(values).__name__}; expected a mapping")
-    return values
+    return read_json(adapter, ADAPTER_CONFIG)
 
 
 @contextmanager
@@ -206,15 +228,28 @@ def _literal_targets(model) -> Iterator[None]:
 
 
 def _check_base(lm: DiffusionLM, adapter: str, here: dict, made_for: dict, settings: dict) -> None:
-    differing = [name for name in here if name != "embeddings" and here[name] != made_for.get(name)]
-    ours, theirs = (torch.tensor(values.get("embeddings", [])) for values in (here, made_for))
-    same = ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=2e-2, atol=1e-3)
+    differing = [name for name in here if name not in ("dtype", *_NUMBERS) and here[name] != made_for.get(name)]
+    # another type rounds: bfloat16 by up to 0.4 percent
+    tolerance = 1e-5 if here["dtype"] == made_for.get("dtype") else 1e-2
+    same = all(
+        _close(here[name], made_for.get(name, []), tolerance)
+        for name in _NUMBERS
+        if name != "matrices" or (here[name] and made_for.get(name))
+    )
     if differing or not same:
         found = ", ".join(f"{name} {here[name]!r}, expected {made_for.get(name)!r}" for name in differing)
         raise ModelError(
             f"{adapter}: the adapter was made for another base model, {settings.get('base_model_name_or_path')}; "
             f"{lm.model.name_or_path} has {found or 'other weights'}"
         )
+
+
+def _close(ours: list[float], theirs: list[float], tolerance: float) -> bool:
+    if len(ours) != len(theirs):
+        return False
+    ours, theirs = torch.tensor(ours), torch.tensor(theirs)
+    size = theirs.square().mean().sqrt() if len(theirs) else 0.0
+    return bool(((ours - theirs).abs() <= tolerance * (theirs.abs() + size)).all())
 
 
 def _shapes(error: Exception) -> str:

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from dllm_ray.errors import ModelError
+from dllm_ray.errors import ModelError, first_line
 from dllm_ray.models import families
 from dllm_ray.models.checkpoint import Checkpoint
 from dllm_ray.models.families import Family
 from dllm_ray.models.lm import usable_positions
 from dllm_ray.models.spec import CONFIG_KEY, ORIGINAL_KEY, DiffusionSpec
-from dllm_ray.models.tokenizers import end_of_turn_id, first_line, load_tokenizer, mask_id, prepare
+from dllm_ray.models.tokenizers import end_of_turn_id, load_tokenizer, mask_id, prepare
 
 _BIDIRECTIONAL_LAYERS = {"full_attention", "attention"}
 
@@ -59,9 +59,16 @@ class Blueprint:
         return prepare(tokenizer, self.family if published else None, self.raw)
 
     def skeleton(self):
-        """The model without weights, on the `meta` device."""
-        with torch.device("meta"):
-            return self.model_class(self.config)
+        """The model without weights, on the `meta` device.
+
+        Raises:
+            ModelError: the architecture can't be built with this config.
+        """
+        try:
+            with torch.device("meta"):
+                return self.model_class(self.config)
+        except Exception as error:  # every architecture checks its fields at places of its own
+            raise ModelError(f"{self.path}: config.json can't be used: {first_line(error)}") from error
 
 
 def resolve(checkpoint: Checkpoint) -> Blueprint:
@@ -74,6 +81,12 @@ def resolve(checkpoint: Checkpoint) -> Blueprint:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     path, raw = checkpoint.path, checkpoint.config
+    names = raw.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"{path}: architectures in config.json is {names!r}; expected a list of class names")
+    mask = raw.get("mask_token_id")
+    if mask is not None and (not isinstance(mask, int) or mask < 0):
+        raise ModelError(f"{path}: mask_token_id in config.json is {mask!r}; expected the number of a token")
     stored = raw.get(CONFIG_KEY)
     if stored is not None:  # saved by us: native, whatever it once was
         family = families.by_name(DiffusionSpec.from_dict(stored, f"{path}/config.json").family)
@@ -87,7 +100,7 @@ def resolve(checkpoint: Checkpoint) -> Blueprint:
             classes = _classes(path, family.native, [])
         else:
             kind = raw.get("model_type")
-            classes = _classes(path, kind, raw.get("architectures") or [], raw.get("is_encoder_decoder"))
+            classes = _classes(path, kind, names, raw.get("is_encoder_decoder"))
             config = CONFIG_MAPPING[kind].from_dict({name: raw[name] for name in raw if name != "auto_map"})
         model_class = classes[type(config)]
     except ModelError:

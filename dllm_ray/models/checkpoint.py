@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dllm_ray.errors import ModelError
+from dllm_ray.errors import ModelError, first_line
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -121,7 +121,9 @@ class DistributedTensor:
         try:
             dcp.load({self.key: whole}, storage_reader=dcp.FileSystemReader(self.folder), no_dist=True)
         except (Exception, CheckpointException) as error:  # the latter is no Exception
-            raise ModelError(f"{self.folder}: {self.key!r} can't be read: {_line(error, -1)}") from error
+            raise ModelError(
+                f"{self.folder}: {self.key!r} can't be read: {str(error).strip().splitlines()[-1].strip()}"
+            ) from error
         if whole.data_ptr() != target.data_ptr():
             target.view(-1).copy_(whole.view(-1)[start : start + target.numel()])
 
@@ -265,7 +267,7 @@ def find(path: str, name: str) -> Path | None:
     try:
         found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
-        raise ModelError(f"{path}: can't be downloaded: {_line(error)}") from error
+        raise ModelError(f"{path}: can't be downloaded: {first_line(error)}") from error
     return None if found is None else Path(found)
 
 
@@ -311,7 +313,7 @@ def _safetensors(file: Path) -> dict[str, Stored]:
         with file.open("rb") as handle:
             data = 8 + int.from_bytes(handle.read(8), "little")  # the header's length, and the header, come first
     except Exception as error:  # hub's own parsing error, OSError, ValueError
-        raise ModelError(f"{file}: not a readable safetensors file: {_line(error)}") from error
+        raise ModelError(f"{file}: not a readable safetensors file: {first_line(error)}") from error
     size = file.stat().st_size - data
     found: dict[str, Stored] = {}
     for name, info in header.tensors.items():
@@ -332,8 +334,13 @@ def _pickled(file: Path) -> dict[str, Stored]:
     try:
         by_page = zipfile.is_zipfile(file)  # the format before torch 1.6 has to be read whole
         state = torch.load(file, map_location="cpu", mmap=by_page, weights_only=True)
-    except Exception as error:  # torch raises many types for a broken or unsafe file
-        raise ModelError(f"{file}: can't be read as a file of tensors: {_line(error)}") from error
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{file}: can't be read as a file of tensors: it is broken, or holds a program, which is never run; "
+            "convert it to safetensors where you trust it"
+        ) from error
+    except Exception as error:  # torch raises many types for a broken file
+        raise ModelError(f"{file}: can't be read as a file of tensors: {first_line(error)}") from error
     if not isinstance(state, dict):
         raise ModelError(f"{file}: holds a {type(state).__name__}; expected tensors by name")
     return {name: HeldTensor(tensor) for name, tensor in state.items() if isinstance(tensor, Tensor)}
@@ -362,10 +369,6 @@ class _Metadata(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which has no place in a checkpoint")
 
 
-def _line(error: Exception, which: int = 0) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[which].strip()
-
-
 def _distributed(folder: Path) -> dict[str, Stored]:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -375,7 +378,7 @@ def _distributed(folder: Path) -> dict[str, Stored]:
             _Metadata(file).load()  # dcp unpickles whatever is there
         entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     except Exception as error:  # a pickle: whatever a broken one raises
-        raise ModelError(f"{folder}: its {DISTRIBUTED} can't be read: {_line(error)}") from error
+        raise ModelError(f"{folder}: its {DISTRIBUTED} can't be read: {first_line(error)}") from error
     return {
         name: DistributedTensor(folder, name, tuple(entry.size), entry.properties.dtype)
         for name, entry in entries.items()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dllm_ray.errors import ModelError
 from dllm_ray.models import families, mapping, probe
-from dllm_ray.models.adapters import merge
+from dllm_ray.models.adapters import base_of, is_adapter, merge
 from dllm_ray.models.blueprint import Blueprint, resolve, spec_of
 from dllm_ray.models.checkpoint import INDEX, Assembled, Checkpoint, Readable, Stored, write_safetensors
 from dllm_ray.models.lm import DiffusionLM
@@ -137,6 +137,7 @@ def to_original(path: str, directory: Path, shard_bytes: int = 4 << 30, on_progr
             f"{path}: is no converted checkpoint of a published family: its own layout, that of transformers' {kind}, "
             "is the only one it has"
         )
+    _check_can_be_said(path, blueprint, original)
     skeleton = blueprint.skeleton()
     state = _direct(checkpoint, blueprint, skeleton)
     if state is None:
@@ -156,6 +157,22 @@ def to_original(path: str, directory: Path, shard_bytes: int = 4 << 30, on_progr
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def _check_can_be_said(path: str, blueprint: Blueprint, original: Mapping[str, Any]) -> None:
+    """Makes sure that the published config.json would still tell the truth: it can't state another attention."""
+    family = blueprint.family
+    spec = DiffusionSpec.from_dict(blueprint.raw[CONFIG_KEY], path)
+    changed = []
+    if family.block_name is None and spec.grid != family.blocks(original, path):
+        changed.append(f"attention {spec.attention}" + (f" with blocks of {spec.grid}" if spec.grid else ""))
+    if spec.shift_logits != family.shift_logits:
+        changed.append(f"shift_logits {spec.shift_logits}")
+    if changed:
+        raise ModelError(
+            f"{path}: was converted to {' and '.join(changed)}, which the published layout of {family.name} can't say; "
+            "convert it back first (--to mdlm, or --to bd3lm with its --block_size)"
+        )
+
+
 def merge_adapter(path: str, adapter: str, directory: Path, target: Target, dtype: str = "auto") -> None:
     """Writes a native directory of a model with its adapter's updates added to the weights.
 
@@ -172,17 +189,22 @@ def description(path: str) -> str:
     Raises:
         ModelError: it can't be loaded.
     """
+    adapter = None
+    if is_adapter(path):
+        path, adapter = base_of(path), path
     checkpoint = Checkpoint(path)
     blueprint = resolve(checkpoint)
     spec = spec_of(blueprint, blueprint.prepare(blueprint.tokenizer()))
     skeleton = blueprint.skeleton()
+    check_ids(path, spec, skeleton.get_input_embeddings().num_embeddings)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     family = blueprint.family.name if blueprint.family is not None else "none of the published diffusion families"
     layout = "published layout, mapped while loading" if blueprint.is_published else "native layout"
     stored = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()})
     text = blueprint.config.get_text_config()
     sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
-    lines = [
+    lines = [] if adapter is None else [f"adapter       {adapter}", f"its base      {path}"]
+    lines += [
         f"family        {family} ({layout})",
         f"architecture  {blueprint.model_class.__name__}",
         f"parameters    {parameters:,}",
@@ -247,13 +269,13 @@ def _direct(checkpoint: Checkpoint, blueprint: Blueprint, skeleton) -> dict[str,
     """The tensors under native names, where renaming, splitting and stacking is all that takes; else None."""
     state = state_for(checkpoint, blueprint)
     wanted = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    tied = set(getattr(skeleton, "all_tied_weights_keys", None) or {})
+    tied = getattr(skeleton, "all_tied_weights_keys", None) or {}
     if set(state) != set(wanted) and not blueprint.is_published:
         try:  # experts one by one, as transformers itself publishes them
             state = mapping.to_native(mapping.experts("model.layers.{i}.mlp"), state, wanted, blueprint.path, tied)
         except ModelError:
             return None
-    same = set(wanted) - tied <= set(state) and all(state[name].shape == wanted[name] for name in state)
+    same = set(wanted) - set(tied) <= set(state) and all(state[name].shape == wanted[name] for name in state)
     return state if same else None
 
 

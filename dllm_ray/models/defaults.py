@@ -28,7 +28,7 @@ def sampler_settings(path: str) -> dict[str, Any]:
 
 
 def _base(path: str) -> str:
-    """The model of an adapter directory; anything else as it is."""
+    """The model of an adapter directory; anything else as it is. `adapters.base_of` would need torch."""
     folder = Path(path)
     if (folder / "config.json").is_file() or not (folder / "adapter_config.json").is_file():
         return path

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from dllm_ray.errors import ModelError
-from dllm_ray.models.adapters import ADAPTER_CONFIG, add_adapter, base_of, quantization_config, ready_for_cpu
+from dllm_ray.errors import ModelError, first_line
+from dllm_ray.models.adapters import add_adapter, base_of, is_adapter, quantization_config, ready_for_cpu
 from dllm_ray.models.blueprint import Blueprint, resolve, spec_of
 from dllm_ray.models.checkpoint import WEIGHTS, Assembled, Checkpoint, Stored, whole
 from dllm_ray.models.config import ModelConfig, place
@@ -21,7 +21,6 @@ from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.models.mapping import to_native
 from dllm_ray.models.probe import check_bidirectional
 from dllm_ray.models.spec import CONFIG_KEY, DiffusionSpec
-from dllm_ray.models.tokenizers import first_line
 from dllm_ray.models.vocabulary import check_ids, fit, rows_needed
 
 logger = logging.getLogger(__name__)
@@ -65,6 +64,7 @@ def load(
     Raises:
         ModelError: what is missing or doesn't fit, with what was found and expected.
     """
+    dtype = str(dtype).removeprefix("torch.")
     path = place(str(path))
     adapter = None if adapter is None else place(str(adapter))
     if adapter is None and is_adapter(path):
@@ -133,11 +133,6 @@ def check_path(path: str) -> None:
     return None
 
 
-def is_adapter(path: str) -> bool:
-    """Whether a directory holds a PEFT adapter and no model."""
-    return (Path(path) / ADAPTER_CONFIG).is_file() and not (Path(path) / "config.json").is_file()
-
-
 def open_tokenizer(path: str) -> tuple[Any, DiffusionSpec, Blueprint]:
     """The prepared tokenizer, the spec and the blueprint that `load` would use, without reading any weights.
 
@@ -164,6 +159,7 @@ def state_for(checkpoint: Checkpoint, blueprint: Blueprint) -> dict[str, Assembl
     if not blueprint.is_published:
         return _model_part(tensors, shapes)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     return to_native(blueprint.family.rules, tensors, shapes, blueprint.path, tied)
 
 
@@ -212,9 +208,9 @@ def _dtype(dtype: str, raw: Mapping[str, Any], state: Mapping[str, Assembled]) -
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ModelError(f"dtype {dtype!r} is unknown; expected float32, bfloat16, float16 or auto")
         return getattr(torch, dtype)
-    stated = raw.get("dtype") or raw.get("torch_dtype")
-    if stated is not None:
-        return getattr(torch, str(stated).removeprefix("torch."))
+    stated = getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch."), None)
+    if isinstance(stated, torch.dtype):
+        return stated
     counts: Counter[torch.dtype] = Counter()
     for tensor in state.values():
         if tensor.dtype.is_floating_point:

@@ -9,6 +9,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
+
+import torch
 
 from dllm_ray.errors import ModelError
 from dllm_ray.models.checkpoint import Assembled, Piece, Stored, whole
@@ -58,7 +61,11 @@ def experts(mlp: str) -> tuple[Stacked, Stacked]:
 
 
 def to_native(
-    rules: Iterable[Rule], tensors: Mapping[str, Stored], shapes: Shapes, where: str, tied: Iterable[str] = ()
+    rules: Iterable[Rule],
+    tensors: Mapping[str, Stored],
+    shapes: Shapes,
+    where: str,
+    tied: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Assembled]:
     """Native name -> tensor, for every tensor of the architecture.
 
@@ -67,12 +74,12 @@ def to_native(
         tensors: what the checkpoint holds.
         shapes: what the architecture wants.
         where: the checkpoint, for messages.
-        tied: native tensors that are another one, and need not be there.
+        tied: native tensor -> the one that it is another name of. It need not be there, and is left out.
 
     Raises:
         ModelError: a tensor is missing, left over, or of the wrong shape; named as published.
     """
-    rules, tied, left = tuple(rules), set(tied), set(tensors)
+    rules, left = tuple(rules), set(tensors)
     made: dict[str, Assembled] = {}
     missing: dict[str, None] = {}  # in order, each once: several native tensors may need the same published one
     for name, shape in shapes.items():
@@ -96,6 +103,11 @@ def to_native(
             f"{where}: {len(left)} tensors have no place in the model, first {first!r} {list(tensors[first].shape)}: "
             "config.json describes another architecture than the weights"
         )
+    for name, source in tied.items():
+        if name in made and not torch.equal(made.pop(name).read(), made[source].read()):
+            raise ModelError(
+                f"{where}: config.json ties {name!r} to {source!r}, but the weights hold two different tensors"
+            )
     return made
 
 

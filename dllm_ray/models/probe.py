@@ -9,7 +9,7 @@ import copy
 import torch
 from torch import Tensor
 
-from dllm_ray.errors import ModelError
+from dllm_ray.errors import ModelError, first_line
 from dllm_ray.models.lm import LogitsModule
 
 _WIDTH = 12
@@ -65,10 +65,9 @@ def check_architecture(model_class: type, config, where: str) -> None:
     except ModelError as error:
         raise ModelError(f"{where}: {error}") from None
     except Exception as error:  # an architecture that can't take such a mask fails at a place of its own
-        said = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(
             f"{where}: {model_class.__name__} can't be run as a diffusion model: {type(error).__name__} while its "
-            f"attention was checked: {said}"
+            f"attention was checked: {first_line(error)}"
         ) from error
 
 

@@ -5,13 +5,12 @@ from contextlib import contextmanager
 
 import torch
 
-from dllm_ray.errors import ModelError
+from dllm_ray.errors import ModelError, first_line
 from dllm_ray.models.blueprint import as_bidirectional, describe
 from dllm_ray.models.config import ScratchConfig
 from dllm_ray.models.lm import DiffusionLM, position_offset
 from dllm_ray.models.probe import check_bidirectional
 from dllm_ray.models.spec import CONFIG_KEY
-from dllm_ray.models.tokenizers import first_line
 
 
 def build(config: ScratchConfig, tokenizer, seed: int) -> DiffusionLM:

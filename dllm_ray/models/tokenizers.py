@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dllm_ray.errors import ModelError
+from dllm_ray.errors import ModelError, first_line
 from dllm_ray.models.checkpoint import find
 from dllm_ray.models.families import Family
 
@@ -186,8 +186,3 @@ def end_of_turn_id(tokenizer) -> int | None:
     after = text.rpartition(marker)[2]
     ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
     return ids[0] if ids and ids[0] in set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder) else None
-
-
-def first_line(error: Exception) -> str:
-    """What an exception of a library says, short enough for a message of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

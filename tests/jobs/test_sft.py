@@ -149,6 +149,10 @@ def test_an_adapter_is_trained_on_a_model_that_stays_as_it_is_and_answers_by_its
         assert sampled.returncode == 0, sampled.stderr
         answers.add(sampled.stdout)
     assert len(answers) == 1
+    described = run("convert", describe=str(final))
+    assert described.returncode == 0 and f"its base      {tmp_path / 'model'}" in described.stdout
+    again = run("sft", model__path=str(final), data__path="builtin:digits[train:64]", output_dir=str(tmp_path / "no"))
+    assert again.returncode == 2 and "is an adapter, and training starts from a model" in again.stderr
 
 
 def test_runs_in_one_storage_keep_apart_and_fresh_starts_over(tmp_path):

@@ -93,7 +93,7 @@ def test_a_familys_own_recipe_is_the_default(adapted, model):
 
 
 def test_llada_moe_adapts_attention_only_though_it_may_have_a_dense_mlp(make_lm):
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0]}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0]}
     lm = make_lm("qwen3_moe", extra=experts)
     assert type(lm.model.model.layers[0].mlp.up_proj) is nn.Linear
     adapted = add_lora(DiffusionLM(lm.model, lm.tokenizer, replace(lm.spec, family="llada_moe")), LoRAConfig(rank=2), 0)
@@ -408,7 +408,7 @@ def test_an_adapter_without_the_name_of_its_base_goes_on_the_one_it_is_put_on(of
     expected = logits_of(load(of_dream))
     settings = json.loads((of_dream / "adapter_config.json").read_text())
     (of_dream / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
-    with pytest.raises(ModelError, match="names no base model; load the base and pass this as its adapter"):
+    with pytest.raises(ModelError, match=r"names no base model; name it yourself: --model\.path BASE --model\.adapter"):
         load(of_dream)
     assert torch.equal(logits_of(load(path("dream"), adapter=of_dream)), expected)
 
@@ -634,3 +634,39 @@ def test_a_spread_model_takes_an_adapter(adapted, path, tmp_path):
     lm = train(adapted("dream"))
     lm.save(tmp_path)
     assert torch.equal(logits_of(load(path("dream"), device_map="auto", adapter=tmp_path)), logits_of(lm))
+
+
+# --- what a review found
+
+
+def test_an_adapter_on_top_of_an_adapter_is_refused(adapted):
+    with pytest.raises(ModelError, match="has an adapter already; merge it"):
+        add_lora(adapted("dream"), LoRAConfig(rank=2), seed=0)
+
+
+@pytest.mark.parametrize("part", ["mlp", "layernorm", "lm_head"])
+def test_a_base_of_the_same_sizes_and_other_weights_is_refused(path, adapted, tmp_path, part):
+    adapted("dream").save(tmp_path / "adapter")
+    other = load(path("dream"))
+    with torch.no_grad():
+        for name, parameter in other.model.named_parameters():
+            if part in name:
+                parameter.mul_(1.01)
+    with pytest.raises(ModelError, match="made for another base model"):
+        add_adapter(other, str(tmp_path / "adapter"))
+
+
+def test_an_adapter_whose_base_is_an_adapter_is_refused(adapted, tmp_path):
+    adapted("dream").save(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "adapter")}))
+    with pytest.raises(ModelError, match="is an adapter itself"):
+        load(tmp_path / "adapter")
+
+
+def test_an_adapter_whose_base_is_gone_says_what_to_do(adapted, tmp_path):
+    adapted("dream").save(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "/gone/model"}))
+    with pytest.raises(ModelError, match=r"base model is not there: /gone/model; .*--model.path BASE"):
+        load(tmp_path / "adapter")

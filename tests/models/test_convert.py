@@ -409,7 +409,10 @@ def test_a_block_causal_model_made_for_mdlm_sees_everything(golden, tmp_path):
     lm = load(native(source, tmp_path / "native", Target("mdlm")))
     assert (lm.spec.attention, lm.spec.block_size) == ("full", None)
     assert sees(lm, 0, 7)
-    check_same_tensors(original(tmp_path / "native", tmp_path / "back"), source)
+    said = refused(original, tmp_path / "native", tmp_path / "back")
+    assert "was converted to attention full, which the published layout of llada2 can't say" in said
+    blocks = native(tmp_path / "native", tmp_path / "blocks", Target("bd3lm", block_size=32))
+    check_same_tensors(original(blocks, tmp_path / "again"), source)
 
 
 def test_a_native_directory_can_be_made_into_another_kind(llada, tmp_path):
@@ -417,7 +420,10 @@ def test_a_native_directory_can_be_made_into_another_kind(llada, tmp_path):
     second = native(first, tmp_path / "blocks", Target("bd3lm", block_size=4))
     assert config_of(second)["diffusion"]["block_size"] == 4
     check_same_tensors(second, first)
-    check_same_tensors(original(second, tmp_path / "back"), llada)
+    said = refused(original, second, tmp_path / "back")
+    assert "attention block_causal with blocks of 4, which the published layout of llada can't say" in said
+    third = native(second, tmp_path / "again", Target("mdlm"))
+    check_same_tensors(original(third, tmp_path / "published"), llada)
 
 
 # --- encoders, and checkpoints that only transformers can sort out

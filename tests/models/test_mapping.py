@@ -250,19 +250,21 @@ def test_the_first_rule_that_names_a_tensor_wins():
 
 def test_a_tied_tensor_may_be_absent():
     native = {"embed": torch.ones(2), "head": torch.ones(2)}
-    made = as_native({"embed": torch.ones(2)}, native, (), tied=["head"])
+    made = as_native({"embed": torch.ones(2)}, native, (), tied={"head": "embed"})
     assert list(made) == ["embed"]
 
 
-def test_a_tied_tensor_that_is_there_has_its_place():
+def test_a_tied_tensor_that_is_there_is_left_out_if_it_is_the_same_and_refused_if_not():
     native = {"embed": torch.ones(2), "head": torch.ones(2)}
-    rules = (Rename("ff_out", "head"),)
-    assert equal(as_native({"embed": torch.ones(2), "ff_out": torch.ones(2)}, native, rules, tied=["head"]), native)
+    rules, tied = (Rename("ff_out", "head"),), {"head": "embed"}
+    assert list(as_native({"embed": torch.ones(2), "ff_out": torch.ones(2)}, native, rules, tied=tied)) == ["embed"]
+    with pytest.raises(ModelError, match="ties 'head' to 'embed', but the weights hold two different tensors"):
+        as_native({"embed": torch.ones(2), "ff_out": torch.zeros(2)}, native, rules, tied=tied)
 
 
 def test_only_tied_tensors_may_be_absent():
     with pytest.raises(ModelError, match="1 tensors are missing from the weights, first 'embed'"):
-        as_native({}, {"embed": torch.ones(2), "head": torch.ones(2)}, (), tied=["head"])
+        as_native({}, {"embed": torch.ones(2), "head": torch.ones(2)}, (), tied={"head": "embed"})
 
 
 # --- what is refused, by its published name

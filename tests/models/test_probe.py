@@ -161,7 +161,7 @@ def test_an_architecture_that_cannot_be_built_is_refused():
             raise RuntimeError
 
     said = "here: Unbuildable can't be run as a diffusion model: RuntimeError while its attention was checked: "
-    assert refused(probe.check_architecture, Unbuildable, config(), "here") == said
+    assert refused(probe.check_architecture, Unbuildable, config(), "here") == f"{said}RuntimeError"
 
 
 def test_a_window_that_the_canvas_is_wider_than_is_found():

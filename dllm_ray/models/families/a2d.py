@@ -4,14 +4,8 @@ Their config.json doesn't say whether they were trained with full (MDLM) or bloc
 names do. Under another name, `jobs/convert.py --to bd3lm` states it.
 """
 
-from typing import Any
-
 from dllm_ray.models.families import qwen
-from dllm_ray.models.families.base import Family, Fields
-
-
-def _config(fields: Fields) -> dict[str, Any]:
-    return qwen.config(fields)
+from dllm_ray.models.families.base import Family
 
 
 def _family(native: str, architecture: str, eot_token: str) -> Family:
@@ -20,7 +14,7 @@ def _family(native: str, architecture: str, eot_token: str) -> Family:
         native=native,
         model_types=(f"a2d-{native}",),
         architectures=(architecture,),
-        config=_config,
+        config=qwen.config,
         block_name="bd3lm",
         block_size=32,
         mask_token="<|mask|>",

@@ -70,6 +70,8 @@ class Fields:
     def rope(self, default_theta: float, partial: float | None = None) -> dict[str, Any]:
         """`rope_parameters` of transformers 5, from these or from the older `rope_theta` and `rope_scaling`."""
         stored = self.get("rope_parameters") or self.get("rope_scaling") or {}
+        if not isinstance(stored, Mapping):
+            raise self.refuse(f"rope_scaling is {stored!r}; expected a mapping")
         rope = {"rope_type": "default", "rope_theta": self.get("rope_theta", default_theta)} | stored
         rope["rope_type"] = rope.pop("type", None) or rope["rope_type"]
         return rope if partial is None else rope | {"partial_rotary_factor": partial}

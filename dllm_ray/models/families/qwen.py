@@ -31,13 +31,13 @@ _FIELDS = (
 )
 
 
-def config(fields: Fields, default_theta: float = 10_000.0, tied: bool = False) -> dict[str, Any]:
+def config(fields: Fields, default_theta: float = 10_000.0) -> dict[str, Any]:
     """Native fields of a Qwen- or Llama-shaped config; any window is left out, as these families never use one."""
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         fields.need(name)
     return {
         "rope_parameters": fields.rope(default_theta),
-        "tie_word_embeddings": fields.get("tie_word_embeddings", tied),
+        "tie_word_embeddings": fields.get("tie_word_embeddings", False),
         "num_key_value_heads": fields.get("num_key_value_heads", fields.need("num_attention_heads")),
         **fields.take(*_FIELDS),
     }
