@@ -253,14 +253,14 @@ def test_a_kill_leaves_what_was_there_and_the_same_command_then_succeeds(large, 
     out = tmp_path / "out"
     if exists:
         out.mkdir()
-        (out / "old").write_text("old")
+        (out / "config.json").write_text("old")
     process = start(large, out, overwrite="true")
     debris = in_the_middle(process, out)
     process.kill()
     process.wait()
     assert not (debris / "config.json").exists()
     assert names(tmp_path) == sorted([debris.name] + ["out"] * exists)
-    assert not exists or names(out) == ["old"]
+    assert not exists or names(out) == ["config.json"]
 
     convert(large, out, overwrite="true")
     assert names(tmp_path) == ["out"]
@@ -294,7 +294,7 @@ def test_two_at_once_leave_one_whole_directory(large, tmp_path):
 def test_a_full_disk_ends_with_one_line_and_leaves_what_was_there(large, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "old").write_text("old")
+    (out / "config.json").write_text("old")
     words = command("convert", {"model.path": str(large), "output_dir": str(out), "overwrite": "true"})
     limit = 50 << 20  # no file may grow beyond it
     done = subprocess.run(
@@ -307,7 +307,7 @@ def test_a_full_disk_ends_with_one_line_and_leaves_what_was_there(large, tmp_pat
     )
     assert done.returncode == 2
     assert done.stderr == f"error: {out} can't be written: File too large\n"
-    assert names(tmp_path) == ["out"] and names(out) == ["old"]
+    assert names(tmp_path) == ["out"] and names(out) == ["config.json"]
 
 
 # --- mistakes
