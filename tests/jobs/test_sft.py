@@ -123,34 +123,31 @@ def test_a_decoder_trains_on_from_a_checkpoint(tmp_path, make_lm):
 def test_an_adapter_is_trained_on_a_model_that_stays_as_it_is_and_answers_by_itself(tmp_path, make_lm):
     make_lm("qwen3").save(tmp_path / "model")
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
-    sampler = {"sampler__max_new_tokens": "8", "sampler__block_size": "8", "sampler__steps": "4"}
-    done = run(
-        "sft",
-        output_dir=str(tmp_path / "run"),
-        model__path=str(tmp_path / "model"),
-        lora__rank="4",
-        data__path="builtin:digits[train:64]",
-        train__workers="2",
-        train__max_steps="4",
-        train__checkpoint_every="2",
-        train__batch_size="8",
-        train__max_length="48",
+    sampler = {"sampler.max_new_tokens": "8", "sampler.block_size": "8", "sampler.steps": "4"}
+    settings = {
+        "output_dir": "run",
+        "model.path": "model",  # relative, although workers run in a folder of their own
+        "lora.rank": "4",
+        "data.path": "builtin:digits[train:64]",
+        "train.workers": "2",
+        "train.max_steps": "4",
+        "train.checkpoint_every": "2",
+        "train.batch_size": "8",
+        "train.max_length": "48",
         **sampler,
-    )
+    }
+    words = command("sft", settings)
+    words[1] = str(ROOT / words[1])
+    done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "of them trained" in done.stdout
     final = tmp_path / "run" / "final"
     assert json.loads((final / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tmp_path / "model")
     assert not (final / "model.safetensors").exists()
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
-    answers = set()
-    for path in ({"model__path": str(final)}, {"model__path": str(tmp_path / "model"), "model__adapter": str(final)}):
-        sampled = run("sample", prompt="sort 321", output_dir=str(tmp_path / "samples"), **path, **sampler)
-        assert sampled.returncode == 0, sampled.stderr
-        answers.add(sampled.stdout)
-    assert len(answers) == 1
-    described = run("convert", describe=str(final))
-    assert described.returncode == 0 and f"its base      {tmp_path / 'model'}" in described.stdout
+    words = {name.replace(".", "__"): value for name, value in sampler.items()}
+    sampled = run("sample", prompt="sort 321", model__path=str(final), output_dir=str(tmp_path / "samples"), **words)
+    assert sampled.returncode == 0, sampled.stderr
     again = run("sft", model__path=str(final), data__path="builtin:digits[train:64]", output_dir=str(tmp_path / "no"))
     assert again.returncode == 2 and "is an adapter, and training starts from a model" in again.stderr
 
@@ -174,20 +171,3 @@ def test_a_run_that_diverges_stops_with_the_step_and_keeps_the_last_good_checkpo
     assert not (tmp_path / "run" / "final").exists()
     (found,) = runs(tmp_path / "run")
     assert found.info.status == "FAILED"
-
-
-def test_a_model_may_be_named_by_a_relative_path(tmp_path, make_lm):
-    """Workers run in a folder of their own."""
-    make_lm("bert").save(tmp_path / "model")
-    words = command("sft", {"model.path": "model", "data.path": "builtin:digits[train:32]", "output_dir": "run"})
-    few = [
-        "--train.max_steps=1",
-        "--train.workers=1",
-        "--train.max_length=48",
-        "--train.batch_size=4",
-        "--sample_rows=0",
-    ]
-    words[1] = str(ROOT / words[1])
-    done = subprocess.run([*words, *few], cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "run" / "final" / "config.json").is_file()

@@ -18,8 +18,10 @@ from test_load import adapter_for, causal_directory, configure, without_tensor
 
 from dllm_ray.errors import ModelError, OutputError
 from dllm_ray.models import mapping
+from dllm_ray.models.adapters import add_lora
 from dllm_ray.models.blueprint import resolve
 from dllm_ray.models.checkpoint import INDEX, Checkpoint, FileTensor, HeldTensor
+from dllm_ray.models.config import LoRAConfig
 from dllm_ray.models.convert import Target, description, merge_adapter, to_native, to_original
 from dllm_ray.models.families import by_name
 from dllm_ray.models.lm import DiffusionLM
@@ -676,9 +678,6 @@ def test_an_adapter_of_a_wider_base_is_refused(adapted, make_lm, tmp_path):
 
 
 def test_an_adapter_of_a_base_with_other_weights_is_refused(make_lm, tmp_path):
-    from dllm_ray.models.adapters import add_lora
-    from dllm_ray.models.config import LoRAConfig
-
     for seed in (1, 2):
         make_lm("llama", seed=seed).save(tmp_path / f"model{seed}")
     add_lora(load(tmp_path / "model1"), LoRAConfig(rank=2), 0).save(tmp_path / "adapter")
@@ -1056,3 +1055,10 @@ def test_what_can_not_be_loaded_can_not_be_described(llada, tmp_path):
     source = writable_copy(llada, tmp_path / "source")
     without_tensor(source, "model.transformer.wte.weight")
     assert "'model.transformer.wte.weight'" in refused(description, str(source))
+
+
+def test_an_adapter_is_described_with_its_base(llada, tmp_path):
+    add_lora(load(llada), LoRAConfig(rank=2), seed=0).save(tmp_path / "adapter")
+    said = description(str(tmp_path / "adapter"))
+    assert f"its base      {llada}" in said
+    assert "family        llada (published layout" in said
