@@ -193,7 +193,7 @@ def _load_model(checkpoint: Checkpoint, blueprint: Blueprint, dtype: str, placem
     except Exception as error:  # transformers and safetensors raise many types for a broken checkpoint
         raise ModelError(f"{path}: the checkpoint can't be loaded: {first_line(error)}") from error
     ready_for_cpu(model)
-    model.config._name_or_path = model.name_or_path = str(Path(path).resolve()) if Path(path).is_dir() else path
+    model.config._name_or_path = model.name_or_path = path
     _check_tensors(path, blueprint, model, report)
     return model
 
