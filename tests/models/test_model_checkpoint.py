@@ -568,10 +568,3 @@ def test_a_directory_in_the_place_of_the_config_is_refused(tmp_path):
     (tmp_path / "config.json").mkdir()
     with pytest.raises(ModelError, match=r"no config\.json can be read"):
         Checkpoint(str(tmp_path))
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_config_that_may_not_be_read_is_refused(tmp_path):
-    (configured(tmp_path) / "config.json").chmod(0)
-    with pytest.raises(ModelError, match=r"config\.json can't be read: Permission denied"):
-        Checkpoint(str(tmp_path))
