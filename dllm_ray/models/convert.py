@@ -194,9 +194,10 @@ def description(path: str) -> str:
         path, adapter = base_of(path), path
     checkpoint = Checkpoint(path)
     blueprint = resolve(checkpoint)
-    spec = spec_of(blueprint, blueprint.prepare(blueprint.tokenizer()))
+    tokenizer = blueprint.prepare(blueprint.tokenizer())
+    spec = spec_of(blueprint, tokenizer)
     skeleton = blueprint.skeleton()
-    check_ids(path, spec, skeleton.get_input_embeddings().num_embeddings)
+    check_ids(path, spec, max(skeleton.get_input_embeddings().num_embeddings, rows_needed(tokenizer)))
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     family = blueprint.family.name if blueprint.family is not None else "none of the published diffusion families"
     layout = "published layout, mapped while loading" if blueprint.is_published else "native layout"

@@ -1062,3 +1062,9 @@ def test_an_adapter_is_described_with_its_base(llada, tmp_path):
     said = description(str(tmp_path / "adapter"))
     assert f"its base      {llada}" in said
     assert "family        llada (published layout" in said
+
+
+@pytest.mark.parametrize("spare_rows", [0, 16], ids=["full table", "spare rows"])
+def test_a_decoder_whose_mask_token_is_yet_to_come_is_described(tmp_path, spare_rows):
+    tokens = causal_directory(tmp_path, spare_rows, tied=False)
+    assert f"mask_token_id     {tokens}" in description(str(tmp_path))

@@ -234,7 +234,7 @@ REQUIREMENTS = [
     ("llada_moe", "moe_layer_freq", [1], "moe_layer_freq has 1 entries for 2 layers", "can't be mapped exactly"),
     *(("llada2", *row) for row in LLADA2_REQUIREMENTS),
     *(("llada21", *row) for row in LLADA2_REQUIREMENTS),
-    ("dream", "use_sliding_window", True, "use_sliding_window is True", "the whole canvas"),
+    ("dream", "use_sliding_window", True, "use_sliding_window is True", "cut the prompt off"),
     ("sdar", "use_sliding_window", True, "use_sliding_window is True", "cut the prompt off"),
     ("sdar_moe", "use_sliding_window", True, "use_sliding_window is True", "cut the prompt off"),
     ("fast_dllm_v2", "use_sliding_window", True, "use_sliding_window is True", "cut the prompt off"),

@@ -76,14 +76,9 @@ class Fields:
         rope["rope_type"] = rope.pop("type", None) or rope["rope_type"]
         return rope if partial is None else rope | {"partial_rotary_factor": partial}
 
-    def take(self, *names: str, **renamed: str) -> dict[str, Any]:
-        """The fields of these names that are there; `native="published"` renames."""
-        pairs = {name: name for name in names} | renamed
-        return {native: self._values[name] for native, name in pairs.items() if self._values.get(name) is not None}
-
-
-def _same(fields: Fields) -> dict[str, Any]:
-    raise NotImplementedError("a native family keeps its own config")
+    def take(self, *names: str) -> dict[str, Any]:
+        """The fields of these names that are there."""
+        return {name: self._values[name] for name in names if self._values.get(name) is not None}
 
 
 @dataclass(frozen=True)
@@ -98,8 +93,9 @@ class Family:
     """The `model_type` of its config.json; families that share one are told apart by `architectures`."""
     architectures: tuple[str, ...] = ()
     """The classes that its config.json names."""
-    config: Callable[[Fields], dict[str, Any]] = _same
-    """Published config -> fields of the native one. Raises `ModelError` for what can't be mapped exactly."""
+    config: Callable[[Fields], dict[str, Any]] | None = None
+    """Published config -> fields of the native one. Raises `ModelError` for what can't be mapped exactly. None: the
+    family is native, and transformers reads its config.json as it is."""
     rules: tuple[Rule, ...] = ()
     """How its tensors map; those that no rule names keep their names."""
     vocabulary: tuple[str, ...] = ("vocab_size",)
@@ -152,4 +148,4 @@ class Family:
     @property
     def is_native(self) -> bool:
         """Whether transformers reads its checkpoints as they are."""
-        return self.config is _same
+        return self.config is None

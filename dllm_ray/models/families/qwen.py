@@ -31,6 +31,12 @@ _FIELDS = (
 )
 
 
+def windowless(fields: Fields, default_theta: float = 10_000.0) -> dict[str, Any]:
+    """`config` for families whose published config may name a window, and that can't have one."""
+    fields.require("use_sliding_window", False, why="a window would cut the prompt off")
+    return config(fields, default_theta)
+
+
 def config(fields: Fields, default_theta: float = 10_000.0) -> dict[str, Any]:
     """Native fields of a Qwen- or Llama-shaped config; any window is left out, as these families never use one."""
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):

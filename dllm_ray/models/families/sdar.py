@@ -8,8 +8,7 @@ from dllm_ray.models.mapping import Rule, experts
 
 
 def _config(fields: Fields) -> dict[str, Any]:
-    fields.require("use_sliding_window", False, why="a window would cut the prompt off")
-    return qwen.config(fields, default_theta=1_000_000.0)
+    return qwen.windowless(fields, default_theta=1_000_000.0)
 
 
 def _family(name: str, native: str, architecture: str, rules: tuple[Rule, ...] = ()) -> Family:
