@@ -31,7 +31,9 @@ class SampleOutput:
     seconds: float
     """Wall time."""
     history: list[Tensor] | None
-    """[forwards of the row + 1, length of the row] each, when asked for."""
+    """[steps of the row + 1, length of the row] each, when asked for."""
+    commits: list[list[Commit]] | None = None
+    """What each step wrote on each row, when asked for."""
 
     def figures(self) -> dict[str, float]:
         """For records: forwards summed over rows, tokens per forward, tokens per second."""
@@ -92,13 +94,22 @@ class Sampler:
         """
         return self._run(self._gaps(rows, seeds), trace, list)
 
-    def stream(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None = None) -> Iterator[Commit]:
-        """Like `sample`, but yields what each step wrote on each row, as it happens."""
+    def stream(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None = None, infill: bool = False
+    ) -> Iterator[Commit]:
+        """Like `sample` (or `infill`), but yields what each step wrote on each row, as it happens."""
         engine = Engine(self.lm, self.max_rows, self.config.shift_logits, events=True)
-        for row in self._continuations(prompts, seeds):
+        for row in self._rows(prompts, seeds, infill):
             engine.admit(row)
         while engine.busy:
             yield from engine.step()
+
+    def canvases(self, prompts: Sequence[Sequence[int]], infill: bool = False) -> list[list[int]]:
+        """The canvases that `sample` (or `infill`) begins with: what is given, and mask tokens."""
+        return [row.tokens for row in self._rows(prompts, None, infill)]
+
+    def _rows(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None, infill: bool) -> list[Row]:
+        return self._gaps(prompts, seeds) if infill else self._continuations(prompts, seeds)
 
     def _continuations(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None) -> list[Row]:
         config = self.config
@@ -168,11 +179,13 @@ class Sampler:
 
     def _run(self, rows: list[Row], trace: bool, trim: Callable[[list[int]], list[int]]) -> SampleOutput:
         began = time.perf_counter()
-        engine = Engine(self.lm, self.max_rows, self.config.shift_logits, trace=trace)
+        engine = Engine(self.lm, self.max_rows, self.config.shift_logits, trace=trace, events=trace)
+        commits: dict[int, list[Commit]] = {row.key: [] for row in rows}
         for row in rows:
             engine.admit(row)
         while engine.busy:
-            engine.step()
+            for commit in engine.step():
+                commits[commit.row].append(commit)
         finished = {item.row: item for item in engine.take_finished()}
         done = [finished[row.key] for row in rows]
         return SampleOutput(
@@ -185,6 +198,7 @@ class Sampler:
             nfe=engine.forwards,
             seconds=time.perf_counter() - began,
             history=[item.history for item in done] if trace else None,
+            commits=[commits[row.key] for row in rows] if trace else None,
         )
 
     def _until_stop(self, tokens: list[int]) -> list[int]:
