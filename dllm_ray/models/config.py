@@ -55,6 +55,9 @@ class ModelConfig:
     """Load the linear layers through bitsandbytes in 4-bit NF4 or in 8 bits."""
     device_map: str | None = None
     """Spread the layers over a worker's devices: `auto`, `balanced` or `sequential`; null: all on its own device."""
+    compile: Literal["default", "reduce-overhead"] | None = None
+    """Compile the model's forward with `torch.compile` where it samples: minutes at first, then less time between
+    kernels; `reduce-overhead` uses CUDA graphs where shapes repeat. null: as it is."""
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
     """The model to build when `path` is null."""
 

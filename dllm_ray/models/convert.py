@@ -49,7 +49,7 @@ class Target:
         if self.shift_logits is not None:
             changes["shift_logits"] = self.shift_logits
         if self.objective == "mdlm" and spec.attention != "full":
-            kept = {name: value for name, value in spec.sampler.items() if name != "block_size"}
+            kept = {name: value for name, value in spec.sampler.items() if name not in ("block_size", "cache")}
             changes |= {"attention": "full", "block_size": None, "sampler": kept}
         if self.objective == "bd3lm":
             changes |= {

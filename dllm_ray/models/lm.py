@@ -46,8 +46,12 @@ class LogitsModule(nn.Module):
         attention_mask: Tensor | None = None,  # [B, T] of positions that may be seen, or [B or 1, 1, T, T] as given
         position_ids: Tensor | None = None,  # [B, T]; None: 0, 1, 2, ...
         positions: Tensor | None = None,  # [N], indices into the flattened [B * T] grid; None: all
+        past_key_values=None,  # a cache of transformers' kind that knows which positions these are
     ) -> Tensor:  # [N, V], or [B, T, V] when positions is None
-        attention_mask = self._attention(input_ids, attention_mask, position_ids)
+        if past_key_values is None:
+            attention_mask = self._attention(input_ids, attention_mask, position_ids)
+        elif attention_mask is not None:
+            attention_mask = self._explicit(attention_mask)
         arguments = {"input_ids": input_ids, "attention_mask": attention_mask}
         if self._position_offset:
             if position_ids is None:
@@ -56,7 +60,9 @@ class LogitsModule(nn.Module):
         if position_ids is not None:
             arguments["position_ids"] = position_ids
         if self._is_decoder:
-            arguments["use_cache"] = False
+            arguments["use_cache"] = past_key_values is not None
+        if past_key_values is not None:
+            arguments["past_key_values"] = past_key_values
         if positions is None:
             return self.model(**arguments).logits
 
@@ -85,7 +91,11 @@ class LogitsModule(nn.Module):
             if grid is None:
                 grid = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
             mask = block_causal(grid, self._block_size, mask)
-        if mask is None or mask.dim() == 2 or mask.is_floating_point():
+        return mask if mask is None or mask.dim() == 2 else self._explicit(mask)
+
+    def _explicit(self, mask: Tensor) -> Tensor:
+        """A 4-D mask in the form that the attention takes."""
+        if mask.is_floating_point():
             return mask
         mask = mask.bool()
         # "eager" adds a mask to the scores, and would take true for 1.0
@@ -118,6 +128,12 @@ class DiffusionLM:
         return type(_without_adapter(self.model)).__name__
 
     @property
+    def layers(self) -> int | None:
+        """Layers whose keys and values can be kept; None for encoders, which keep none."""
+        base = _without_adapter(self.model)
+        return base.config.get_text_config().num_hidden_layers if is_decoder(base) else None
+
+    @property
     def max_length(self) -> int | None:
         """Most positions the model can tell apart, or None when its config states no limit."""
         config = _without_adapter(self.model).config
@@ -130,6 +146,7 @@ class DiffusionLM:
         position_ids: Tensor | None = None,
         positions: Tensor | None = None,  # [N] indices into the flattened grid
         shift: bool | None = None,
+        past_key_values=None,
     ) -> Tensor:  # [N, V], or [B, T, V] when positions is None
         """Logits that predict the token AT each position, whatever way round the model was trained.
 
@@ -140,16 +157,26 @@ class DiffusionLM:
             position_ids: [B, T]; None counts from 0.
             positions: [N] positions of interest, as indices into the flattened [B * T] grid; None for all.
             shift: read the logits one position to the left (position 0 reads its own); None: as the spec says.
+            past_key_values: a cache that holds the keys and values of other positions (`sampling.kv_cache`). Then
+                `position_ids` say where the tokens stand, and a mask is 4-D, [B, 1, T or 1, keys], or None: all keys
+                are seen.
         """
         shift = self.spec.shift_logits if shift is None else shift
+        cache = () if past_key_values is None else (past_key_values,)
         if not shift:
-            return self.module(input_ids, attention_mask, position_ids, positions)
+            return self.module(input_ids, attention_mask, position_ids, positions, *cache)
         width = input_ids.shape[1]
         if positions is not None:
             source = positions - (positions % width > 0).long()
-            return self.module(input_ids, attention_mask, position_ids, source)
-        logits_BTV = self.module(input_ids, attention_mask, position_ids, None)
+            return self.module(input_ids, attention_mask, position_ids, source, *cache)
+        logits_BTV = self.module(input_ids, attention_mask, position_ids, None, *cache)
         return torch.cat([logits_BTV[:, :1], logits_BTV[:, :-1]], dim=1)
+
+    def compile(self, mode: str = "default") -> None:
+        """Compiles the model's forward with `torch.compile`; `reduce-overhead` uses CUDA graphs where shapes repeat."""
+        from dllm_ray.models.compiled import compile_trunk
+
+        compile_trunk(_without_adapter(self.model).base_model, mode)
 
     def save(self, directory: str | Path) -> None:
         """Writes a plain Hugging Face directory, with the spec under `"diffusion"` in `config.json`; of a model with a

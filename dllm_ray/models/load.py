@@ -15,7 +15,7 @@ import torch
 from dllm_ray.errors import ModelError, first_line
 from dllm_ray.models.adapters import add_adapter, base_of, is_adapter, quantization_config, ready_for_cpu
 from dllm_ray.models.blueprint import Blueprint, resolve, spec_of
-from dllm_ray.models.checkpoint import WEIGHTS, Assembled, Checkpoint, Stored, whole
+from dllm_ray.models.checkpoint import WEIGHTS, Assembled, Checkpoint, Stored, find, read_json, whole
 from dllm_ray.models.config import ModelConfig, place
 from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.models.mapping import to_native
@@ -100,12 +100,15 @@ def open_model(config: ModelConfig, tokenizer=None, seed: int = 0, device: str =
         ModelError: the model can't be loaded or built.
     """
     if config.path is not None:
-        return load(config.path, config.dtype, device, config.quantization, config.adapter, config.device_map)
-    from dllm_ray.models.scratch import build
+        lm = load(config.path, config.dtype, device, config.quantization, config.adapter, config.device_map)
+    else:
+        from dllm_ray.models.scratch import build
 
-    lm = build(config.scratch, tokenizer, seed)
-    dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
-    lm.model.to(device=device, dtype=dtype)
+        lm = build(config.scratch, tokenizer, seed)
+        dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+        lm.model.to(device=device, dtype=dtype)
+    if config.compile is not None:
+        lm.compile(config.compile)
     return lm
 
 
@@ -193,6 +196,11 @@ def _load_model(checkpoint: Checkpoint, blueprint: Blueprint, dtype: str, placem
     except Exception as error:  # transformers and safetensors raise many types for a broken checkpoint
         raise ModelError(f"{path}: the checkpoint can't be loaded: {first_line(error)}") from error
     ready_for_cpu(model)
+    family = blueprint.family
+    if family is not None and family.uniform_noise and find(path, "generation_config.json") is not None:
+        # sampled by transformers' own generation, whose settings lie beside the weights
+        settings = read_json(path, "generation_config.json")
+        model.generation_config = type(model.generation_config).from_dict(settings)
     model.config._name_or_path = model.name_or_path = path
     _check_tensors(path, blueprint, model, report)
     return model

@@ -5,6 +5,14 @@ from typing import Literal
 
 from dllm_ray.errors import ConfigError
 
+DREAM_POLICIES = ("entropy", "topk_margin", "maskgit_plus", "origin")
+"""The policies of Dream (arXiv 2508.15487)."""
+LLADA2_POLICIES = ("llada2", "llada21")
+"""The policies of LLaDA2.0 and LLaDA2.1 (arXiv 2512.15745)."""
+POLICIES = ("low_confidence", "random", *DREAM_POLICIES, *LLADA2_POLICIES)
+SCHEDULES = ("linear", "cosine", "dream")
+CACHES = ("none", "prefix", "dual", "block")
+
 
 @dataclass
 class SamplerConfig:
@@ -19,13 +27,48 @@ class SamplerConfig:
     steps_per_block: int | None = None
     """Denoising steps for each block; overrides `steps`."""
     block_size: int | None = 32
-    """Tokens in a block; blocks are finished from left to right. null: one block."""
-    schedule: Literal["linear", "cosine"] = "linear"
-    """How many tokens each step of a block commits: evenly, or few at first and more towards the end."""
+    """Tokens in a block; blocks are finished from left to right. null: one block. Where logits are shifted, Dream's
+    policies have blocks only with a cache, as in Dream's own code."""
+    schedule: Literal["linear", "cosine", "dream"] = "linear"
+    """How many tokens each step of a block commits: evenly; few at first and more towards the end; or by Dream's own
+    time steps."""
+    stochastic: bool = False
+    """Draw how many tokens each step commits from the schedule, instead of rounding it."""
     temperature: float = 0.0
     """0 proposes the likeliest token; above 0 one is drawn from softmax(logits / temperature)."""
-    policy: Literal["low_confidence", "random"] = "low_confidence"
-    """Which masked positions a step commits: those whose proposed token is likeliest, or any."""
+    top_p: float | None = None
+    """Draw among the likeliest tokens whose probabilities reach this sum; null: among all."""
+    top_k: int | None = None
+    """Draw among this many likeliest tokens; null: among all."""
+    alg_temperature: float | None = None
+    """Above 0, the positions that a step commits are drawn from softmax(confidence / alg_temperature) instead of being
+    the most confident."""
+    policy: Literal[
+        "low_confidence", "random", "entropy", "topk_margin", "maskgit_plus", "origin", "llada2", "llada21"
+    ] = "low_confidence"
+    """Which masked positions a step commits: low_confidence: those whose proposed token is likeliest in the model's own
+    distribution; maskgit_plus: likeliest after temperature and filters; topk_margin: those where the likeliest token
+    leads by most; entropy: those with the least entropy; random: any; origin: each by its own coin; llada2: all above
+    `threshold`, or else a quota; llada21: the same, and written tokens of the block are revised."""
+    threshold: float | None = None
+    """Commit every token at least this probable, and at least one a step, instead of the schedule's quota (Fast-dLLM);
+    for llada2 and llada21 the bound they use, 0.95 by default."""
+    factor: float | None = None
+    """Commit the k likeliest tokens, with k as large as the k-th allows: its probability is at least
+    1 - factor / (k + 1) (Fast-dLLM), instead of the schedule's quota."""
+    editing_threshold: float | None = None
+    """llada21: a written token gives way to another one more probable than this; null: 0.9."""
+    max_post_steps: int = 16
+    """llada21: most steps in a block after its last mask, for revisions."""
+    num_to_transfer: int = 1
+    """llada21: tokens that a step commits where fewer are above the threshold."""
+    minimal_topk: int = 1
+    """llada2: fewest tokens a step commits on average; bounds the steps of a block by `max_new_tokens` over it."""
+    cache: Literal["none", "prefix", "dual", "block"] = "none"
+    """What is not computed again in every step. prefix: keys and values before the current block (refreshed when a
+    block begins); dual: those after it as well (Fast-dLLM); both are approximations, and need full attention. block:
+    everything before the current block under block-causal attention, which is exact; a model with full attention is
+    read block-causally then, with blocks counted from the answer's beginning."""
     cfg_scale: float = 0.0
     """Classifier-free guidance (arXiv 2207.12598): logits move away from those without the prompt; 0 is off."""
     cfg_keep_tokens: tuple[int, ...] = ()
@@ -34,6 +77,8 @@ class SamplerConfig:
     """Tokens that are never proposed."""
     begin_suppress_tokens: tuple[int, ...] = ()
     """Tokens that may be proposed, but with confidence 0, so that they are committed last in their block."""
+    eos_penalty: float = 0.0
+    """Taken from the logits of end-of-text and end-of-turn tokens: above 0 answers get longer."""
     eos_early_stop: bool = True
     """Finish a row once it holds an end-of-text token with no mask before it; the text stays the same."""
     shift_logits: bool | None = None
@@ -45,21 +90,62 @@ class SamplerConfig:
         self.cfg_keep_tokens = tuple(self.cfg_keep_tokens)
         self.suppress_tokens = tuple(self.suppress_tokens)
         self.begin_suppress_tokens = tuple(self.begin_suppress_tokens)
-        for name in ("max_new_tokens", "max_length", "steps", "steps_per_block", "block_size"):
+        self._check_choices()
+        self._check_numbers()
+        self._check_combinations()
+
+    def _check_choices(self) -> None:
+        for name, known in (("policy", POLICIES), ("schedule", SCHEDULES), ("cache", CACHES)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"expected one of {', '.join(known)}, got {getattr(self, name)!r}", name)
+
+    def _check_numbers(self) -> None:
+        counts = ("max_new_tokens", "max_length", "steps", "steps_per_block", "block_size", "top_k")
+        for name in (*counts, "max_post_steps", "num_to_transfer", "minimal_topk"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"must be at least 1, got {value}", name)
         if self.max_new_tokens is None and self.max_length is None:
             raise ConfigError("set max_new_tokens or max_length", "max_new_tokens")
-        for name in ("temperature", "cfg_scale"):
+        for name in ("temperature", "cfg_scale", "alg_temperature"):
             value = getattr(self, name)
-            if not 0 <= value < float("inf"):
+            if value is not None and not 0 <= value < float("inf"):
                 raise ConfigError(f"must be a number that is not negative, got {value}", name)
+        for name in ("top_p", "threshold", "editing_threshold"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ConfigError(f"must lie above 0 and at most at 1, got {value}", name)
+        if self.factor is not None and not 0 < self.factor < float("inf"):
+            raise ConfigError(f"must be a number above 0, got {self.factor}", "factor")
+        if not abs(self.eos_penalty) < float("inf"):
+            raise ConfigError(f"must be a finite number, got {self.eos_penalty}", "eos_penalty")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ConfigError(f"must lie between 0 and 2^63 - 1, got {self.seed}", "seed")
-        for name, known in (("policy", ("low_confidence", "random")), ("schedule", ("linear", "cosine"))):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"expected one of {', '.join(known)}, got {getattr(self, name)!r}", name)
+
+    def _check_combinations(self) -> None:
+        unordered = self.policy in ("random", "origin")
+        for name in ("threshold", "factor", "alg_temperature"):
+            if getattr(self, name) and unordered:
+                raise ConfigError(f"needs a policy by confidence, {self.policy} has none", name)
+        for name in ("factor", "alg_temperature"):
+            if getattr(self, name) and self.policy in LLADA2_POLICIES:
+                raise ConfigError(f"has no effect on policy {self.policy}: set its threshold", name)
+        if self.threshold is not None and self.factor is not None:
+            raise ConfigError("give threshold or factor, not both", "factor")
+        for name in ("threshold", "factor"):
+            if getattr(self, name) is not None and self.policy in ("entropy", "topk_margin"):
+                raise ConfigError(
+                    f"compares probabilities, which policy {self.policy} doesn't rank by: choose low_confidence or "
+                    "maskgit_plus",
+                    name,
+                )
+        if self.editing_threshold is not None and self.policy != "llada21":
+            raise ConfigError(f"only policy llada21 revises tokens, not {self.policy}", "editing_threshold")
+        if self.begin_suppress_tokens and self.policy not in ("low_confidence", "random"):
+            raise ConfigError(
+                f"works on policy low_confidence, not on {self.policy}: suppress_tokens forbids tokens altogether",
+                "begin_suppress_tokens",
+            )
 
     def blocks(self, new_tokens: int | None = None) -> tuple[int, int]:
         """Block size and most steps in a block, for answers of `new_tokens` tokens (null: of `max_new_tokens`).

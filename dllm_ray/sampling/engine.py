@@ -1,48 +1,33 @@
 """The step-wise denoising engine. It knows token ids and a model, never text, disk, Ray or HTTP.
 
-Rows of different lengths, settings and progress share one batch: `admit` adds a row, `step` runs one forward for all
-rows and commits tokens, finished rows leave and waiting ones take their place. Sampling, streaming, evaluation and
-serving are loops around `step`.
+Rows of different lengths, settings, caches and progress share one batch: `admit` adds a row, `step` runs one forward
+for all rows and commits tokens, finished rows leave and waiting ones take their place. Sampling, streaming, evaluation
+and serving are loops around `step`.
 
-Shapes: R active rows, T canvas width, N positions that may be committed now, V vocabulary.
+Bookkeeping is a few numbers for each position and stays on the host (`batch.py`); the device sees token ids and gives
+back a token and a confidence for each candidate. So a step costs one transfer each way.
+
+Shapes: R active rows, N candidates (positions that may be written now), B rows of a forward, W the positions of each
+that it computes, K those that it sees, V vocabulary.
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dllm_ray.errors import ConfigError, ModelError
 from dllm_ray.models.lm import DiffusionLM
+from dllm_ray.sampling.batch import Batch, Item, Row, Windows
 from dllm_ray.sampling.config import SamplerConfig
-from dllm_ray.sampling.noise import ORDER, TOKEN, uniform
-from dllm_ray.sampling.proposals import guide, probability, propose, suppress
-from dllm_ray.sampling.unmasking import most_confident, quota_table
+from dllm_ray.sampling.kv_cache import CanvasCache
+from dllm_ray.sampling.noise import TOKEN
+from dllm_ray.sampling.plan import Plan
+from dllm_ray.sampling.proposals import Rules, guide, propose, suppress
 
-
-@dataclass
-class Row:
-    """One canvas to denoise."""
-
-    tokens: list[int]
-    """The canvas: given tokens, and any token where `open` is true."""
-    open: list[bool]
-    """Which positions are to be written."""
-    config: SamplerConfig
-    """The row's settings."""
-    block_start: int
-    """Where the first block begins."""
-    block_size: int
-    """Tokens in a block."""
-    steps_per_block: int
-    """Most denoising steps for a block."""
-    seed: int
-    """Seeds the row's own draws."""
-    early_stop: bool
-    """Whether the row is finished once its text can't change any more."""
-    key: int = 0
-    """The caller's name for the row."""
+__all__ = ["Commit", "Engine", "Finished", "Row"]
 
 
 @dataclass
@@ -54,11 +39,11 @@ class Commit:
     step: int
     """The row's own step, counted from 0."""
     positions: list[int]
-    """Canvas positions, in ascending order."""
+    """Canvas positions, in ascending order. A position may be written again where the policy revises tokens."""
     tokens: list[int]
     """The token written at each of them."""
     confidences: list[float]
-    """The model's probability of each of them (a random number under the `random` policy)."""
+    """What the policy measures of each of them: a probability, a margin, or a negative entropy."""
     done: bool
     """Whether the row is finished."""
 
@@ -74,15 +59,8 @@ class Finished:
     nfe: int
     """Forwards the row took part in."""
     history: Tensor | None = None
-    """[nfe + 1, length], the canvas before the first and after every step, where the engine keeps a trace."""
-
-
-@dataclass
-class _Active:
-    """A row's bookkeeping outside the batch tensors."""
-
-    row: Row
-    history: list[Tensor] = field(default_factory=list)
+    """[steps + 1, length], the canvas before the first and after every step, where the engine keeps a trace. Steps
+    that commit nothing by their schedule need no forward."""
 
 
 class Engine:
@@ -91,41 +69,38 @@ class Engine:
     Args:
         lm: the model, in eval mode.
         max_rows: most rows in a batch; others wait. None: no limit.
-        shift_logits: read logits one position to the left; None: as the model's spec says.
         trace: keep every row's canvas after each step.
         events: return what each step wrote (`step`); off saves the copies.
     """
 
-    def __init__(
-        self,
-        lm: DiffusionLM,
-        max_rows: int | None = None,
-        shift_logits: bool | None = None,
-        trace: bool = False,
-        events: bool = False,
-    ):
+    def __init__(self, lm: DiffusionLM, max_rows: int | None = None, trace: bool = False, events: bool = False):
         if lm.spec.mask_token_id is None:
             raise ModelError(
                 f"{lm.spec.family} has no mask token (its noise is drawn from the whole vocabulary), so it can't be "
-                "denoised by committing masked positions; lm.model.generate of transformers samples it"
+                "denoised by committing masked positions; Sampler hands it to the generation of transformers"
             )
+        if max_rows is not None and max_rows < 1:
+            raise ConfigError(f"must be at least 1, got {max_rows}", "max_rows")
         self.lm = lm
         self.max_rows = max_rows
-        self.shift_logits = shift_logits
         self.trace = trace
         self.events = events
         self.forwards = 0
-        self._waiting: deque[Row] = deque()
-        self._active: list[_Active] = []
-        self._state: dict[str, Tensor] = {}  # [R] and [R, T] tensors, one row for each of `_active`
-        self._configs: list[SamplerConfig] = []  # the distinct settings of the active rows
+        self._vocabulary = lm.model.get_input_embeddings().num_embeddings
+        self._cache: CanvasCache | None = None
+        self._slots = 0  # of the cache, for rows; the twins of guided rows have as many after them
+        self._has_twins = False
+        self._waiting: deque[tuple[Row, Plan]] = deque()
+        self._batch = Batch(lm.spec, self._vocabulary)
+        self._plans: deque[Plan] = deque(maxlen=64)  # those asked for lately: rows of equal settings share one
         self._finished: list[Finished] = []
 
     def admit(self, row: Row) -> None:
         """Queues a row; it joins the batch at the next step that has room. A row with nothing to write is finished.
 
         Raises:
-            ConfigError: the row is longer than the model's context, or names a token that the model doesn't have.
+            ConfigError: the row is longer than the model's context, names a token that the model doesn't have, or asks
+                for a cache that the model can't use.
         """
         limit = self.lm.max_length
         if limit is not None and len(row.tokens) > limit:
@@ -133,13 +108,14 @@ class Engine:
                 f"a canvas of {len(row.tokens)} tokens (prompt and answer) doesn't fit the model's context of {limit}: "
                 "shorten the prompt or lower max_new_tokens"
             )
-        vocabulary = self.lm.model.get_input_embeddings().num_embeddings
         config = row.config
-        for token in (*row.tokens, *config.suppress_tokens, *config.begin_suppress_tokens):
-            if not 0 <= token < vocabulary:
-                raise ConfigError(f"token {token} is outside the model's vocabulary of {vocabulary}")
+        named = (row.tokens, config.suppress_tokens, config.begin_suppress_tokens)
+        for token in (extreme(tokens) for tokens in named if tokens for extreme in (min, max)):
+            if not 0 <= token < self._vocabulary:
+                raise ConfigError(f"token {token} is outside the model's vocabulary of {self._vocabulary}")
+        plan = self._plan(config)
         if any(row.open):
-            self._waiting.append(row)
+            self._waiting.append((row, plan))
         else:
             history = torch.tensor([row.tokens]) if self.trace else None
             self._finished.append(Finished(row.key, row.tokens, nfe=0, history=history))
@@ -147,7 +123,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether any row is active or waiting."""
-        return bool(self._active or self._waiting)
+        return bool(self._batch or self._waiting)
 
     def take_finished(self) -> list[Finished]:
         """Rows that became done since the last call."""
@@ -165,248 +141,232 @@ class Engine:
             ModelError: the model gives NaN.
         """
         self._join()
-        if not self._active:
+        batch = self._batch
+        if not batch:
             return []
-        state = self._state
-        self._begin_blocks()
-        column_T = torch.arange(state["canvas"].shape[1], device=self.lm.device)
-        candidate_RT = state["open"] & (column_T < state["block_end"].unsqueeze(1))
-        positions_N = candidate_RT.flatten().nonzero().squeeze(1)
-        row_N, column_N = positions_N // len(column_T), positions_N % len(column_T)
+        batch.begin_blocks()
+        row_N, column_N = batch.candidates()
+        tokens_N, confidence_N = self._forward(row_N, column_N)
+        open_N = batch.state["open"][row_N, column_N]
+        commit_N = np.zeros_like(open_N)
+        commit_N[open_N] = batch.choose(row_N[open_N], column_N[open_N], confidence_N[open_N])
+        if not open_N.all():
+            commit_N |= batch.revised(open_N, row_N, column_N, tokens_N, confidence_N)
+        batch.write(row_N[commit_N], column_N[commit_N], tokens_N[commit_N], open_N[commit_N])
 
-        logits_NV = self._logits(column_T, positions_N, row_N)
-        tokens_N, confidence_N = self._propose(logits_NV, row_N, column_N)
-        confidence_RT = torch.full_like(candidate_RT, -torch.inf, dtype=torch.float32)
-        confidence_RT.view(-1)[positions_N] = confidence_N
-        quota_R = state["quota"].gather(1, state["block_step"].unsqueeze(1)).squeeze(1)
-        commit_RT = most_confident(confidence_RT, quota_R)
-        proposed_RT = state["canvas"].clone()
-        proposed_RT.view(-1)[positions_N] = tokens_N
-        state["canvas"] = torch.where(commit_RT, proposed_RT, state["canvas"])
-        state["open"] &= ~commit_RT
-        state["block_step"] += 1
-        state["step"] += 1
-        self.forwards += 1
-
-        done_R = self._done()
-        commits = self._commits(commit_RT, confidence_RT, done_R) if self.events else []
+        done_R = batch.done()
+        commits = []
+        if self.events:
+            commits = self._commits(row_N[commit_N], column_N[commit_N], confidence_N[commit_N], done_R)
         if self.trace:
-            self._remember()
-        self._retire(done_R)
+            for place, item in enumerate(batch.items):
+                item.history.append(batch.state["canvas"][place, : len(item.row.tokens)].copy())
+        if done_R.any():
+            self._retire(done_R)
         return commits
+
+    def _plan(self, config: SamplerConfig) -> Plan:
+        for plan in self._plans:
+            if plan.config == config:
+                return plan
+        self._plans.append(Plan(config, self.lm.spec, takes_cache=self.lm.layers is not None))
+        return self._plans[-1]
 
     def _join(self) -> None:
-        room = len(self._waiting) if self.max_rows is None else self.max_rows - len(self._active)
-        joining = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
-        if not joining:
+        room = len(self._waiting) if self.max_rows is None else self.max_rows - len(self._batch)
+        new = [Item(*self._waiting.popleft()) for _ in range(min(room, len(self._waiting)))]
+        if not new:
             return
-        new = [_Active(row) for row in joining]
-        self._active += new
-        width = max(len(item.row.tokens) for item in self._active)
-        fresh = self._tensors(joining, width)
-        if self._state:
-            old = {name: self._widened(name, tensor, width) for name, tensor in self._state.items()}
-            quotas = max(old["quota"].shape[1], fresh["quota"].shape[1])
-            for part in (old, fresh):
-                part["quota"] = torch.nn.functional.pad(part["quota"], (0, quotas - part["quota"].shape[1]))
-            fresh = {name: torch.cat([old[name], fresh[name]]) for name in fresh}
-        self._state = fresh
-        self._index_configs()
         if self.trace:
-            for index, item in enumerate(self._active[-len(new) :], start=len(self._active) - len(new)):
-                item.history.append(self._state["canvas"][index, : len(item.row.tokens)].cpu())
+            for item in new:
+                item.history.append(self._batch.opened(item.row))
+        self._batch.join(new)
+        if any(item.plan.cached for item in new):
+            self._reserve()
 
-    def _tensors(self, rows: list[Row], width: int) -> dict[str, Tensor]:
-        device, spec = self.lm.device, self.lm.spec
-        canvas = torch.full((len(rows), width), spec.eos_token_id)
-        is_open = torch.zeros((len(rows), width), dtype=torch.bool)
-        for index, row in enumerate(rows):
-            canvas[index, : len(row.tokens)] = torch.tensor(row.tokens)
-            is_open[index, : len(row.open)] = torch.tensor(row.open)
-        length = torch.tensor([len(row.tokens) for row in rows])
-        given = ~is_open & (torch.arange(width) < length.unsqueeze(1))
-        for index, row in enumerate(rows):
-            if row.config.cfg_keep_tokens:
-                given[index] &= ~torch.isin(canvas[index], torch.tensor(row.config.cfg_keep_tokens))
-        numbers = {
-            "length": length,
-            "block_start": torch.tensor([row.block_start for row in rows]),
-            "block_size": torch.tensor([row.block_size for row in rows]),
-            "block_end": torch.full((len(rows),), -1),
-            "block_step": torch.zeros(len(rows), dtype=torch.long),
-            "step": torch.zeros(len(rows), dtype=torch.long),
-            "seed": torch.tensor([row.seed for row in rows]),
-            "early_stop": torch.tensor([row.early_stop for row in rows]),
-            "temperature": torch.tensor([float(row.config.temperature) for row in rows]),
-            "cfg_scale": torch.tensor([float(row.config.cfg_scale) for row in rows]),
-            "config": torch.zeros(len(rows), dtype=torch.long),
-        }
-        grids = {
-            "canvas": torch.where(is_open, spec.mask_token_id, canvas),
-            "open": is_open,
-            "given": given,
-            "written": is_open.clone(),  # the positions that early stop may look for an end of text
-            "quota": torch.zeros((len(rows), 0), dtype=torch.long),
-        }
-        return {name: tensor.to(device) for name, tensor in (numbers | grids).items()}
+    def _reserve(self) -> None:
+        """Room in the cache: a slot for each row, and where rows are guided, as many again for their twins."""
+        if self._cache is None:
+            self._cache = CanvasCache(self.lm.layers)
+        before, had_twins = self._slots, self._has_twins
+        self._slots = max(before, len(self._batch), self.max_rows or 0)
+        self._has_twins = had_twins or bool((self._batch.state["cfg_scale"] > 0).any())
+        self._cache.reserve(self._slots * (2 if self._has_twins else 1), self._batch.width)
+        if had_twins and before < self._slots:
+            twins = torch.arange(before, device=self.lm.device)
+            self._cache.move(twins + before, twins + self._slots)
 
-    def _index_configs(self) -> None:
-        """Numbers the distinct settings of the active rows; called when rows come or go."""
-        self._configs = []
-        numbers = []
-        for item in self._active:
-            if item.row.config not in self._configs:
-                self._configs.append(item.row.config)
-            numbers.append(self._configs.index(item.row.config))
-        self._state["config"] = torch.tensor(numbers, device=self.lm.device)
-
-    def _widened(self, name: str, tensor: Tensor, width: int) -> Tensor:
-        fill = {"canvas": self.lm.spec.eos_token_id, "open": False, "given": False, "written": False}
-        if name not in fill or tensor.shape[1] >= width:
-            return tensor
-        return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=fill[name])
-
-    def _begin_blocks(self) -> None:
-        """Rows whose block is full move to the block of their first open position, with a new commit schedule."""
-        state = self._state
-        first_R = state["open"].int().argmax(dim=1)
-        moved = (first_R >= state["block_end"]).nonzero().squeeze(1)
-        if not len(moved):
-            return
-        start, size = state["block_start"][moved], state["block_size"][moved]
-        end = start + ((first_R[moved] - start) // size + 1) * size
-        end = torch.minimum(end, state["length"][moved])
-        columns = torch.arange(state["open"].shape[1], device=end.device)
-        masks = (state["open"][moved] & (columns < end.unsqueeze(1))).sum(dim=1).tolist()
-        rows = [self._active[index].row for index in moved.tolist()]
-        table = torch.from_numpy(
-            quota_table(masks, [row.steps_per_block for row in rows], [row.config.schedule for row in rows])
-        ).to(end.device)
-        width = max(table.shape[1], state["quota"].shape[1])
-        state["quota"] = torch.nn.functional.pad(state["quota"], (0, width - state["quota"].shape[1]))
-        state["quota"][moved] = torch.nn.functional.pad(table, (0, width - table.shape[1]))
-        state["block_end"][moved] = end
-        state["block_step"][moved] = 0
-
-    def _logits(self, column_T: Tensor, positions_N: Tensor, row_N: Tensor) -> Tensor:
-        """[N, V] logits at the candidates, with classifier-free guidance for the rows that ask for it."""
-        state = self._state
-        canvas, length = state["canvas"], state["length"]
-        guided = (state["cfg_scale"] > 0).nonzero().squeeze(1)
-        if len(guided):
-            unguided = torch.where(state["given"][guided], self.lm.spec.mask_token_id, canvas[guided])
-            canvas = torch.cat([canvas, unguided])
-            length = torch.cat([length, length[guided]])
-            # the twin of candidate (row, column) sits in the row's copy below the batch
-            twin_row = torch.full_like(state["length"], -1)
-            twin_row[guided] = torch.arange(len(guided), device=canvas.device) + len(state["length"])
-            has_twin = twin_row[row_N] >= 0
-            twins = twin_row[row_N][has_twin] * len(column_T) + positions_N[has_twin] % len(column_T)
-            wanted = torch.cat([positions_N, twins])
-        else:
-            wanted = positions_N
-        attention_mask = column_T < length.unsqueeze(1)
-        ragged = bool((length < len(column_T)).any())
-        logits = self.lm.logits(
-            canvas, attention_mask.long() if ragged else None, positions=wanted, shift=self.shift_logits
-        )
-        if len(guided):
-            own = logits[: len(positions_N)]
-            scale = state["cfg_scale"][row_N][has_twin]
-            own[has_twin] = guide(own[has_twin], logits[len(positions_N) :], scale)
-            return own
-        return logits
-
-    def _propose(self, logits_NV: Tensor, row_N: Tensor, column_N: Tensor) -> tuple[Tensor, Tensor]:
-        """A token and a confidence for every candidate; the few settings that reshape logits go one by one."""
-        state, mask_token = self._state, self.lm.spec.mask_token_id
-        seed_N, step_N, temperature_N = (state[name][row_N] for name in ("seed", "step", "temperature"))
-        warm = bool((temperature_N > 0).any())
-        uniform_N = uniform(seed_N, step_N, column_N, TOKEN) if warm else None
-        config_N = state["config"][row_N]
-        groups = [(config, config_N == index) for index, config in enumerate(self._configs)]
-        single = len(groups) == 1
-        for config, members in groups:
-            self._edit(logits_NV, config.suppress_tokens, None if single else members)
-        # The mask token is no text: it can't be proposed, but keeps its share in the confidence of the others.
-        mask_logit_N = logits_NV[:, mask_token].clone()
-        logits_NV[:, mask_token] = -torch.inf
-        tokens_N = propose(logits_NV, temperature_N, uniform_N)
-        logits_NV[:, mask_token] = mask_logit_N
-        for config, members in groups:
-            self._edit(logits_NV, config.begin_suppress_tokens, None if single else members)
-        confidence_N = probability(logits_NV, tokens_N)
-        if bool(confidence_N.isnan().any()):
+    def _forward(self, row_N: np.ndarray, column_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A token and a confidence for each candidate."""
+        tokens_N, confidence_N = np.zeros(len(row_N), np.int64), np.zeros(len(row_N), np.float32)
+        if not len(row_N):
+            return tokens_N, confidence_N
+        batch, windows = self._batch, self._batch.windows()
+        takes_part = np.zeros(len(batch), np.bool_)
+        takes_part[row_N] = True
+        results = []
+        for rows in batch.alike(np.flatnonzero(takes_part), windows.stop - windows.start):
+            local_R = np.full(len(batch), -1)
+            local_R[rows] = np.arange(len(rows))
+            places = np.flatnonzero(local_R[row_N] >= 0)
+            part = Windows(windows.start[rows], windows.stop[rows], windows.keys[rows], windows.block[rows])
+            logits = self._logits(rows, part, local_R[row_N[places]], column_N[places])
+            results.append((places, *self._propose(logits, row_N[places], column_N[places])))
+        for places, tokens, confidence in results:
+            tokens_N[places], confidence_N[places] = tokens.cpu().numpy(), confidence.cpu().numpy()
+        if np.isnan(confidence_N).any():
             raise ModelError("the model's logits are not numbers (NaN): its weights or their dtype are broken")
-        if any(config.policy == "random" for config, _ in groups):
-            order_N = uniform(seed_N, step_N, column_N, ORDER)
-            for config, members in groups:
-                if config.policy == "random":
-                    confidence_N = torch.where(members, order_N, confidence_N)
+        batch.computed(takes_part, windows.block)
+        self.forwards += 1
         return tokens_N, confidence_N
 
-    @staticmethod
-    def _edit(logits_NV: Tensor, token_ids: tuple[int, ...], members: Tensor | None) -> None:
-        if not token_ids:
-            return
-        if members is None:
-            suppress(logits_NV, token_ids)
-        else:
-            part = logits_NV[members]
-            suppress(part, token_ids)
-            logits_NV[members] = part
+    def _logits(
+        self,
+        rows: np.ndarray,  # [B]
+        window: Windows,  # [B] each
+        local_N: np.ndarray,  # [N] candidates' places in `rows`
+        column_N: np.ndarray,
+    ) -> Tensor:  # [N, V]
+        """One forward, with the unguided twins of rows under classifier-free guidance below the rows."""
+        state, device = self._batch.state, self.lm.device
+        start, keys = window.start, window.keys
+        width, seen = int((window.stop - start).max()), int(keys.max())
+        column_BW = start[:, None] + np.arange(width)
+        filler_BW = column_BW >= window.stop[:, None]
+        column_BW = np.minimum(column_BW, self._batch.width - 1)
+        ids_BW = state["canvas"][rows[:, None], column_BW]
+        source_N = np.maximum(column_N - state["shift"][rows][local_N], start[local_N])
+        flat_N = local_N * width + source_N - start[local_N]
 
-    def _done(self) -> Tensor:
-        """[R] bool: no open position left, or an end of text with nothing open before it."""
-        state = self._state
-        full_R = ~state["open"].any(dim=1)
-        if not bool(state["early_stop"].any()):
-            return full_R
-        stops = torch.tensor(self.lm.spec.stop_token_ids, device=self.lm.device)
-        stop_RT = torch.isin(state["canvas"], stops) & state["written"] & ~state["open"]
-        never = state["canvas"].shape[1]
-        columns = torch.arange(never, device=self.lm.device)
-        first_stop = torch.where(stop_RT, columns, never).amin(dim=1)
-        first_open = torch.where(state["open"], columns, never).amin(dim=1)
-        return full_R | (state["early_stop"] & (first_stop < first_open))
+        entries, slots = np.arange(len(rows)), rows
+        scale_B = state["cfg_scale"][rows]
+        guided = np.flatnonzero(scale_B > 0)
+        has_twin = scale_B[local_N] > 0
+        if len(guided):
+            hidden = state["given"][rows[guided, None], column_BW[guided]]
+            ids_BW = np.concatenate([ids_BW, np.where(hidden, self.lm.spec.mask_token_id, ids_BW[guided])])
+            entries = np.concatenate([entries, guided])
+            slots = np.concatenate([rows, rows[guided] + self._slots])
+            twin = np.cumsum(scale_B > 0) - 1 + len(rows)
+            flat_N = np.concatenate(
+                [flat_N, flat_N[has_twin] + (twin - np.arange(len(rows)))[local_N[has_twin]] * width]
+            )
 
-    def _commits(self, commit_RT: Tensor, confidence_RT: Tensor, done_R: Tensor) -> list[Commit]:
-        where, done = commit_RT.nonzero().cpu(), done_R.tolist()
-        steps = (self._state["step"] - 1).tolist()
-        tokens = self._state["canvas"][commit_RT].tolist()
-        confidences = confidence_RT[commit_RT].tolist()
-        commits = [
-            Commit(item.row.key, steps[index], [], [], [], done[index]) for index, item in enumerate(self._active)
+        column_BW, filler_BW, keys = column_BW[entries], filler_BW[entries], keys[entries]
+        causal = bool(state["grid_size"][rows[0]])
+        cached = bool(state["cached"][rows[0]])
+        ids = torch.from_numpy(ids_BW).to(device)
+        positions = torch.from_numpy(flat_N).to(device)
+        arguments: dict = {"positions": positions, "shift": False}
+        column = None
+        if cached:
+            column = torch.from_numpy(column_BW).to(device)
+            everything = width == seen and not start.any()
+            self._cache.window(
+                torch.from_numpy(slots).to(device),
+                column,
+                torch.from_numpy(filler_BW).to(device),
+                keys=seen,
+                everything=everything,
+                first=bool((slots == np.arange(len(slots))).all()),
+            )
+            arguments |= {"past_key_values": self._cache, "position_ids": column}
+        ragged = bool((keys < seen).any())
+        if causal and (ragged or not cached or bool((start < window.block).any())):
+            arguments["attention_mask"] = self._block_mask(rows[entries], column_BW, keys, seen)
+        elif ragged:
+            seen_BK = torch.from_numpy(np.arange(seen) < keys[:, None]).to(device)
+            arguments["attention_mask"] = seen_BK[:, None, None] if cached else seen_BK.long()
+        logits = self.lm.logits(ids, **arguments)
+        if not len(guided):
+            return logits
+        own, unguided = logits[: len(local_N)], logits[len(local_N) :]
+        scale = torch.from_numpy(scale_B[local_N[has_twin]]).to(device)
+        where = torch.from_numpy(has_twin).to(device)
+        own[where] = guide(own[where], unguided, scale)
+        return own
+
+    def _block_mask(self, rows: np.ndarray, column_BW: np.ndarray, keys: np.ndarray, seen: int) -> Tensor:
+        """[B, 1, W, K] true where a position's block is that of a key or a later one."""
+        state, device = self._batch.state, self.lm.device
+        start, size, keys, column_BW = (
+            torch.from_numpy(values).to(device)
+            for values in (state["grid_start"][rows], state["grid_size"][rows], keys, column_BW)
+        )
+        column_K = torch.arange(seen, device=device)
+        query_BW = (column_BW - start[:, None]).div(size[:, None], rounding_mode="floor")
+        key_BK = (column_K - start[:, None]).div(size[:, None], rounding_mode="floor")
+        visible = (key_BK[:, None] <= query_BW[:, :, None]) & (column_K < keys[:, None])[:, None]
+        return visible[:, None]
+
+    def _propose(self, logits_NV: Tensor, row_N: np.ndarray, column_N: np.ndarray) -> tuple[Tensor, Tensor]:
+        """A token and a confidence for every candidate; plans that read logits differently go one by one."""
+        number_N = self._batch.state["plan"][row_N]
+        kinds: dict[tuple, list[int]] = {}
+        for number in np.flatnonzero(np.bincount(number_N)):
+            kinds.setdefault(self._batch.plans[number].proposal, []).append(int(number))
+        if len(kinds) == 1:
+            return self._propose_alike(logits_NV, self._batch.plans[number_N[0]], row_N, column_N)
+        tokens = torch.empty(len(row_N), dtype=torch.long, device=logits_NV.device)
+        confidence = torch.empty(len(row_N), device=logits_NV.device)
+        for numbers in kinds.values():
+            chosen = np.isin(number_N, numbers)
+            where = torch.from_numpy(chosen.nonzero()[0]).to(logits_NV.device)
+            part = self._propose_alike(logits_NV[where], self._batch.plans[numbers[0]], row_N[chosen], column_N[chosen])
+            tokens[where], confidence[where] = part
+        return tokens, confidence
+
+    def _propose_alike(
+        self, logits_NV: Tensor, plan: Plan, row_N: np.ndarray, column_N: np.ndarray
+    ) -> tuple[Tensor, Tensor]:
+        config, state, spec = plan.config, self._batch.state, self.lm.spec
+        device = logits_NV.device
+        if config.eos_penalty:
+            logits_NV[:, list(spec.stop_token_ids)] -= config.eos_penalty
+        suppress(logits_NV, config.suppress_tokens)
+
+        def each(values_R: np.ndarray) -> Tensor:
+            return torch.from_numpy(values_R[row_N]).to(device)
+
+        rules = Rules(plan.confidence, top_k_first=plan.by_certainty)
+        if config.temperature > 0:
+            rules.uniform_N = torch.from_numpy(self._batch.draws(row_N, column_N, TOKEN)).to(device)
+            rules.temperature_N = each(state["temperature"])
+        top_p, top_k = plan.filters
+        if top_p is not None:
+            rules.top_p_N = each(state["top_p"])
+        if top_k is not None:
+            rules.top_k_N = each(state["top_k"])
+        return propose(logits_NV, rules, spec.mask_token_id, config.begin_suppress_tokens)
+
+    def _commits(
+        self, row_C: np.ndarray, column_C: np.ndarray, confidence_C: np.ndarray, done_R: np.ndarray
+    ) -> list[Commit]:
+        tokens_C = self._batch.state["canvas"][row_C, column_C]
+        cuts = np.searchsorted(row_C, np.arange(1, len(self._batch)))
+        parts = [np.split(values, cuts) for values in (column_C, tokens_C, confidence_C)]
+        return [
+            Commit(item.row.key, int(step) - 1, *(part.tolist() for part in written), bool(done))
+            for item, step, written, done in zip(
+                self._batch.items, self._batch.state["step"], zip(*parts, strict=True), done_R, strict=True
+            )
         ]
-        for (row, column), token, confidence in zip(where.tolist(), tokens, confidences, strict=True):
-            commits[row].positions.append(column)
-            commits[row].tokens.append(token)
-            commits[row].confidences.append(confidence)
-        return commits
 
-    def _remember(self) -> None:
-        canvas = self._state["canvas"].cpu()
-        for index, item in enumerate(self._active):
-            item.history.append(canvas[index, : len(item.row.tokens)].clone())
-
-    def _retire(self, done_R: Tensor) -> None:
-        done = done_R.nonzero().squeeze(1).tolist()
-        if not done:
-            return
-        state = self._state
-        final = torch.where(state["open"], self.lm.spec.eos_token_id, state["canvas"])
-        rows, nfe = final[done].tolist(), state["step"][done].tolist()
-        for index, tokens, steps in zip(done, rows, nfe, strict=True):
-            item = self._active[index]
-            history = torch.stack(item.history) if self.trace else None
-            self._finished.append(Finished(item.row.key, tokens[: len(item.row.tokens)], steps, history))
-        keep = (~done_R).nonzero().squeeze(1)
-        self._active = [self._active[index] for index in keep.tolist()]
-        if not self._active:
-            self._state = {}
-            return
-        self._state = {name: tensor[keep] for name, tensor in state.items()}
-        width = max(len(item.row.tokens) for item in self._active)
-        for name in ("canvas", "open", "given", "written"):
-            self._state[name] = self._state[name][:, :width].contiguous()
-        self._index_configs()
+    def _retire(self, done_R: np.ndarray) -> None:
+        """Takes finished rows out; rows from the end fill their places, so that the cache's slots stay together."""
+        batch = self._batch
+        for place in np.flatnonzero(done_R):
+            item = batch.items[place]
+            history = torch.from_numpy(np.stack(item.history)) if self.trace else None
+            self._finished.append(Finished(item.row.key, batch.text(place), int(batch.state["nfe"][place]), history))
+        count = int((~done_R).sum())
+        holes, movers = np.flatnonzero(done_R[:count]), np.flatnonzero(~done_R[count:]) + count
+        is_cached = batch.state["cached"][movers]
+        if is_cached.any():
+            source, target = movers[is_cached], holes[is_cached]
+            if self._has_twins:
+                source, target = (np.concatenate([slots, slots + self._slots]) for slots in (source, target))
+            self._cache.move(*(torch.from_numpy(slots).to(self.lm.device) for slots in (source, target)))
+        order = np.arange(count)
+        order[holes] = movers
+        batch.keep(order)

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dllm_ray.errors import ConfigError
+from dllm_ray.errors import ConfigError, ModelError
 from dllm_ray.models.lm import DiffusionLM
+from dllm_ray.sampling import uniform_noise
+from dllm_ray.sampling.batch import Row
 from dllm_ray.sampling.config import SamplerConfig
-from dllm_ray.sampling.engine import Commit, Engine, Row
+from dllm_ray.sampling.engine import Commit, Engine
 from dllm_ray.sampling.noise import mix
+from dllm_ray.sampling.plan import Plan
 
 
 @dataclass
@@ -27,7 +30,7 @@ class SampleOutput:
     row_nfe: list[int]
     """Forwards each row took part in."""
     nfe: int
-    """Forwards of the model; rows in one batch share them."""
+    """Steps in which the model ran; rows in one batch share them."""
     seconds: float
     """Wall time."""
     history: list[Tensor] | None
@@ -77,7 +80,12 @@ class Sampler:
         Raises:
             ConfigError: a prompt and its answer don't fit the model's context, or steps are fewer than blocks.
         """
-        return self._run(self._continuations(prompts, seeds), trace, self._until_stop)
+        if self._is_uniform:
+            began = time.perf_counter()
+            parts = uniform_noise.generate(self.lm, self.config, prompts, self._seeds(len(prompts), seeds), trace)
+            return SampleOutput(**vars(parts), seconds=time.perf_counter() - began)
+        new = self._new_tokens(prompts)
+        return self._run(self._continuations(prompts, seeds), trace, lambda tokens: self._until_stop(tokens[:new]))
 
     def infill(
         self, rows: Sequence[Sequence[int]], trace: bool = False, seeds: Sequence[int] | None = None
@@ -92,13 +100,17 @@ class Sampler:
         Returns:
             A `SampleOutput` whose `completions` hold the written tokens of each row, in order.
         """
+        self._require_mask()
         return self._run(self._gaps(rows, seeds), trace, list)
 
     def stream(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None = None, infill: bool = False
     ) -> Iterator[Commit]:
         """Like `sample` (or `infill`), but yields what each step wrote on each row, as it happens."""
-        engine = Engine(self.lm, self.max_rows, self.config.shift_logits, events=True)
+        if self._is_uniform and not infill:
+            yield from uniform_noise.stream(self.lm, self.config, prompts, self._seeds(len(prompts), seeds))
+            return
+        engine = Engine(self.lm, self.max_rows, events=True)
         for row in self._rows(prompts, seeds, infill):
             engine.admit(row)
         while engine.busy:
@@ -106,59 +118,85 @@ class Sampler:
 
     def canvases(self, prompts: Sequence[Sequence[int]], infill: bool = False) -> list[list[int]]:
         """The canvases that `sample` (or `infill`) begins with: what is given, and mask tokens."""
+        if self._is_uniform and not infill:
+            return uniform_noise.canvases(self.lm, self.config, prompts)
         return [row.tokens for row in self._rows(prompts, None, infill)]
 
+    @property
+    def _is_uniform(self) -> bool:
+        """Whether the model has no mask token and is sampled by transformers' own generation."""
+        return self.lm.spec.mask_token_id is None
+
+    def _require_mask(self) -> None:
+        if self._is_uniform:
+            raise ModelError(f"{self.lm.spec.family} has no mask token, so nothing can be filled in: give it a prompt")
+
     def _rows(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None, infill: bool) -> list[Row]:
+        self._require_mask()
         return self._gaps(prompts, seeds) if infill else self._continuations(prompts, seeds)
 
     def _continuations(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None) -> list[Row]:
-        config = self.config
-        prompts = [list(prompt) or self._empty_prompt() for prompt in prompts]
-        longest = max(map(len, prompts), default=0)
-        new = config.max_new_tokens
-        if new is None:
-            new = config.max_length - longest
-            if new < 1:
-                raise ConfigError(f"{config.max_length} leaves no room beside a prompt of {longest}", "max_length")
+        plan = self._plan()
+        prompts = [list(prompt) or self._empty_prompt(plan) for prompt in prompts]
+        new = self._new_tokens(prompts)
         rows = []
         for key, (prompt, seed) in enumerate(zip(prompts, self._seeds(len(prompts), seeds), strict=True)):
-            start, block, steps = self._blocks(len(prompt), new)
+            start, block, steps, length = self._layout(plan, len(prompt), new)
             row = Row(
-                tokens=prompt + [self.lm.spec.mask_token_id] * new,
-                open=[False] * len(prompt) + [True] * new,
-                config=config,
+                tokens=prompt + [self.lm.spec.mask_token_id] * (length - len(prompt)),
+                open=[False] * len(prompt) + [True] * (length - len(prompt)),
+                config=self.config,
                 block_start=start,
                 block_size=block,
                 steps_per_block=steps,
                 seed=seed,
-                early_stop=config.eos_early_stop,
+                early_stop=self.config.eos_early_stop,
                 key=key,
             )
             rows.append(row)
         return rows
 
-    def _blocks(self, prompt: int, new: int) -> tuple[int, int, int]:
-        """Where the first block of an answer begins, the size of a block, and most steps for each."""
-        spec, config = self.lm.spec, self.config
-        if spec.grid is None:
-            return prompt, *config.blocks(new)
-        # The model's own grid starts at position 0: the end of the prompt shares its block with the first new tokens.
-        size = self._grid()
-        first = prompt // size
-        return first * size, size, config.steps_in_block(-(-(prompt + new) // size) - first)
+    def _plan(self) -> Plan:
+        return Plan(self.config, self.lm.spec, takes_cache=self.lm.layers is not None)
 
-    def _grid(self) -> int:
+    def _new_tokens(self, prompts: Sequence[Sequence[int]]) -> int:
+        config, longest = self.config, max(map(len, prompts), default=0)
+        if config.max_new_tokens is not None:
+            return config.max_new_tokens
+        new = config.max_length - longest
+        if new < 1:
+            raise ConfigError(f"{config.max_length} leaves no room beside a prompt of {longest}", "max_length")
+        return new
+
+    def _layout(self, plan: Plan, prompt: int, new: int) -> tuple[int, int, int, int]:
+        """Where the first block begins, the size of a block, most steps for each, and the length of the canvas."""
+        config = self.config
+        if self.lm.spec.grid is None:
+            size, steps = config.blocks(new) if plan.has_blocks else (new, config.steps_in_block(1))
+            return prompt, size, steps, prompt + new
+        # The model's own grid starts at position 0: the end of the prompt shares its block with the first new tokens.
+        size = self._grid(plan)
+        first, blocks = prompt // size, -(-(prompt + new) // size)
+        length = prompt + new
+        if plan.by_certainty:  # LLaDA2's last block is a whole one; the answer is cut afterwards
+            length = max(min(blocks * size, self.lm.max_length or blocks * size), length)
+        return first * size, size, config.steps_in_block(blocks - first), length
+
+    def _grid(self, plan: Plan) -> int:
         """Block size of a model with block-causal attention."""
         own, asked = self.lm.spec.grid, self.config.block_size
-        if asked is not None and own % asked:
+        if asked is not None and own % asked and not plan.by_certainty:
             raise ConfigError(
                 f"{asked} doesn't divide the {own} positions of a block of this model's attention", "block_size"
             )
         return asked or own
 
     def _gaps(self, rows: Sequence[Sequence[int]], seeds: Sequence[int] | None) -> list[Row]:
-        longest = max(map(len, rows), default=0)
-        block = self.config.block_size or max(longest, 1) if self.lm.spec.grid is None else self._grid()
+        plan, longest = self._plan(), max(map(len, rows), default=0)
+        if self.lm.spec.grid is not None:
+            block = self._grid(plan)
+        else:
+            block = (self.config.block_size if plan.has_blocks else None) or max(longest, 1)
         # Counted over the longest row, so that `steps` bounds the whole call; steps_per_block is each row's own.
         steps = self.config.steps_in_block(max(-(-longest // block), 1))
         mask = self.lm.spec.mask_token_id
@@ -179,7 +217,7 @@ class Sampler:
 
     def _run(self, rows: list[Row], trace: bool, trim: Callable[[list[int]], list[int]]) -> SampleOutput:
         began = time.perf_counter()
-        engine = Engine(self.lm, self.max_rows, self.config.shift_logits, trace=trace, events=trace)
+        engine = Engine(self.lm, self.max_rows, trace=trace, events=trace)
         commits: dict[int, list[Commit]] = {row.key: [] for row in rows}
         for row in rows:
             engine.admit(row)
@@ -205,11 +243,10 @@ class Sampler:
         stops = set(self.lm.spec.stop_token_ids)
         return list(itertools.takewhile(lambda token: token not in stops, tokens))
 
-    def _empty_prompt(self) -> list[int]:
+    def _empty_prompt(self, plan: Plan) -> list[int]:
         """Shifted logits need a left neighbour for the first token; otherwise an empty prompt stays empty."""
         spec = self.lm.spec
-        shift = spec.shift_logits if self.config.shift_logits is None else self.config.shift_logits
-        if not shift:
+        if not plan.shift:
             return []
         return [spec.eos_token_id if spec.bos_token_id is None else spec.bos_token_id]
 

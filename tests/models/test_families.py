@@ -316,17 +316,24 @@ def test_either_way_to_say_the_width_of_lladas_mlp_is_needed(golden_copy):
 
 
 BLOCKS_OF_32 = {"policy": "low_confidence", "block_size": 32}
+WHOLE = {"policy": "entropy", "block_size": None}
 IDS_OF = {"eos_token_id": 2, "pad_token_id": 0, "bos_token_id": 1}
 SPECS = {
     "llada": DiffusionSpec("llada", 5, **IDS_OF, eot_token_id=11, sampler=BLOCKS_OF_32),
     "llada_moe": DiffusionSpec("llada_moe", 4, **IDS_OF, eot_token_id=12, sampler=BLOCKS_OF_32),
-    "dream": DiffusionSpec("dream", 4, **IDS_OF, eot_token_id=8, shift_logits=True, sampler={"block_size": None}),
+    "dream": DiffusionSpec("dream", 4, **IDS_OF, eot_token_id=8, shift_logits=True, sampler=WHOLE),
     "a2d_qwen2": DiffusionSpec("a2d-qwen2", 4, **IDS_OF, eot_token_id=8),
     "a2d_qwen3": DiffusionSpec("a2d-qwen3", 4, **IDS_OF, eot_token_id=8),
     "modernbert": DiffusionSpec("modernbert", 6, **IDS_OF, eot_token_id=8, sampler=BLOCKS_OF_32),
     **{
         name: DiffusionSpec(
-            name, 4, **IDS_OF, eot_token_id=12, attention="block_causal", block_size=32, sampler=BLOCKS_OF_32
+            name,
+            4,
+            **IDS_OF,
+            eot_token_id=12,
+            attention="block_causal",
+            block_size=32,
+            sampler={"policy": name, "block_size": 32, "cache": "block"},
         )
         for name in ("llada2", "llada21")
     },
@@ -501,7 +508,7 @@ def test_fast_dllm_v2_is_qwen2_with_block_causal_attention_and_shifted_logits(pu
     same(lm.logits(IDS)[:, 1:], expected[:, :-1])
     assert (lm.spec.family, lm.spec.attention, lm.spec.block_size) == ("fast_dllm_v2", "block_causal", 8)
     assert (lm.spec.mask_token_id, lm.spec.shift_logits) == (264, True)
-    assert lm.spec.sampler == {"policy": "low_confidence", "block_size": 8}
+    assert lm.spec.sampler == {"policy": "low_confidence", "block_size": 8, "cache": "block"}
 
 
 LLAMA3 = {
@@ -551,7 +558,8 @@ def test_an_a2d_checkpoint_says_by_its_name_that_it_sees_blocks(golden, tmp_path
     """Its config.json is the same either way."""
     folder = Path(shutil.copytree(golden / "a2d_qwen3" / "checkpoint", tmp_path / name))
     lm = load(folder)
-    expected = ("full", None, {}) if block_size is None else ("block_causal", block_size, {"block_size": block_size})
+    sampler = {"block_size": block_size, "cache": "block"}
+    expected = ("full", None, {}) if block_size is None else ("block_causal", block_size, sampler)
     assert (lm.spec.attention, lm.spec.block_size, lm.spec.sampler) == expected
     assert sampler_settings(str(folder)) == lm.spec.sampler
     lm.save(tmp_path / "saved")
@@ -890,6 +898,17 @@ def test_diffusion_gemma_loads_with_the_same_tensors_and_no_mask_token(gemma):
     assert lm.max_length == 128
 
 
+def test_diffusion_gemma_keeps_its_generation_settings(gemma, tmp_path):
+    folder = Path(shutil.copytree(gemma[1], tmp_path / "gemma"))
+    stored = folder / "generation_config.json"
+    settings = json.loads(stored.read_text()) if stored.is_file() else {}
+    stored.write_text(json.dumps(settings | {"t_max": 0.75}))
+    lm = load(folder)
+    assert lm.model.generation_config.t_max == 0.75
+    lm.save(tmp_path / "saved")
+    assert load(tmp_path / "saved").model.generation_config.t_max == 0.75
+
+
 def test_diffusion_gemma_computes_the_same(gemma):
     model, folder = gemma
     prompt, canvas = IDS[:, :6], IDS[:, 6:14]
@@ -916,7 +935,7 @@ def test_diffusion_gemmas_spec_can_be_had_without_the_weights(gemma):
 def test_what_needs_a_mask_token_refuses_diffusion_gemma(gemma):
     lm = load(gemma[1])
     with pytest.raises(ModelError, match="diffusion_gemma has no mask token"):
-        Sampler(lm).sample([[3, 8]])
+        Sampler(lm).infill([[3, 8]])
     with pytest.raises(ConfigError, match="diffusion_gemma has no mask token"):
         MDLM(lm.spec)
 

@@ -58,7 +58,7 @@ def test_a_hub_id_is_loaded_shard_by_shard(hub):
     family, parameters, name, sampler = ask(hub, "org/sdar").split(maxsplit=3)
     assert (family, name) == ("sdar", "org/sdar")
     assert int(parameters) > 9000
-    assert sampler == "{'policy': 'low_confidence', 'block_size': 4}"
+    assert sampler == "{'policy': 'low_confidence', 'block_size': 4, 'cache': 'block'}"
 
 
 def test_a_hub_id_that_is_not_there_is_refused(hub):

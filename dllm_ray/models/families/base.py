@@ -143,7 +143,7 @@ class Family:
     def sampler_for(self, config: Mapping[str, Any], path: str) -> dict[str, Any]:
         """Default sampler settings of the checkpoint at `path` with this config.json."""
         size = self.blocks(config, path)
-        return dict(self.sampler) | ({} if size is None else {"block_size": size})
+        return dict(self.sampler) | ({} if size is None else {"block_size": size, "cache": "block"})
 
     @property
     def is_native(self) -> bool:

@@ -8,4 +8,5 @@ FAMILY = Family(
     model_types=("diffusion_gemma",),
     architectures=("DiffusionGemmaForBlockDiffusion",),
     uniform_noise=True,
+    sampler={"steps_per_block": 48},
 )

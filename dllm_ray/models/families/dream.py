@@ -13,5 +13,5 @@ FAMILY = Family(
     mask_token="<|mask|>",
     mask_token_id=151666,
     eot_token="<|im_end|>",
-    sampler={"block_size": None},
+    sampler={"policy": "entropy", "block_size": None},
 )

@@ -83,7 +83,7 @@ def _family(name: str, model_types: tuple[str, ...]) -> Family:
         mask_token="<|mask|>",
         mask_token_id=156895,
         eot_token="<|role_end|>",
-        sampler={"policy": "low_confidence"},
+        sampler={"policy": name},
         # routed experts and router stay frozen
         lora_targets=r".*(self_attn\.[qkvo]_proj|mlp\.(shared_experts\.)?(gate|up|down)_proj)",
     )

@@ -1,0 +1,105 @@
+"""How fast a sampler is, beside the time of the forwards that it needs.
+
+The forwards of a run are recorded (same ids, same positions, same cache) and run again by themselves. The ratio of the
+two times is what everything around the model costs: 1 is the limit.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dllm_ray.models.lm import DiffusionLM
+from dllm_ray.sampling.config import SamplerConfig
+from dllm_ray.sampling.sampler import Sampler
+
+
+@dataclass
+class Speed:
+    """What a measurement found; medians over its rounds."""
+
+    seconds: float
+    """Wall time of a call of the sampler."""
+    forward_seconds: float
+    """Time of its forwards alone."""
+    ratio: float
+    """The first over the second, of the same round."""
+    nfe: int
+    """Forwards."""
+    tpf: float
+    """Tokens per forward."""
+    tokens_per_s: float
+    """Tokens of all rows per second."""
+
+
+def measure(lm: DiffusionLM, config: SamplerConfig, prompts: Sequence[Sequence[int]], rounds: int = 3) -> Speed:
+    """Measures a sampler on prompts that are denoised as one batch.
+
+    Args:
+        lm: the model.
+        config: the settings. Give a seed, or every round has its own tokens.
+        prompts: token ids.
+        rounds: how often run and replay take turns, after one turn that isn't counted.
+    """
+    sampler = Sampler(lm, config)
+    walls, bares, output = [], [], None
+    for _ in range(rounds + 1):
+        _wait(lm)
+        began = time.perf_counter()
+        output = sampler.sample(prompts)
+        _wait(lm)
+        walls.append(time.perf_counter() - began)
+        bares.append(_replay(lm, _record(lm, sampler, prompts)))
+    return Speed(
+        seconds=statistics.median(walls[1:]),
+        forward_seconds=statistics.median(bares[1:]),
+        ratio=statistics.median(wall / bare for wall, bare in zip(walls[1:], bares[1:], strict=True)),
+        nfe=output.nfe,
+        tpf=output.tpf,
+        tokens_per_s=sum(map(len, output.completions)) / statistics.median(walls[1:]),
+    )
+
+
+class _Recorder(nn.Module):
+    """Keeps what the model was called with."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+        self.calls: list[tuple] = []
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, positions=None, past_key_values=None):
+        window = None if past_key_values is None else past_key_values.layers[0].current
+        self.calls.append(((input_ids, attention_mask, position_ids, positions, past_key_values), window))
+        return self.module(input_ids, attention_mask, position_ids, positions, past_key_values)
+
+
+def _record(lm: DiffusionLM, sampler: Sampler, prompts: Sequence[Sequence[int]]) -> list[tuple]:
+    recorder = _Recorder(lm.module)
+    lm.module = recorder
+    try:
+        sampler.sample(prompts)
+    finally:
+        lm.module = recorder.module
+    return recorder.calls
+
+
+@torch.inference_mode()
+def _replay(lm: DiffusionLM, calls: list[tuple]) -> float:
+    _wait(lm)
+    began = time.perf_counter()
+    for (*arguments, cache), window in calls:
+        if cache is not None:
+            for layer in cache.layers:
+                layer.current = window
+        lm.module(*arguments, cache)
+    _wait(lm)
+    return time.perf_counter() - began
+
+
+def _wait(lm: DiffusionLM) -> None:
+    if lm.device.type == "cuda":
+        torch.cuda.synchronize(lm.device)
