@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dllm_ray.models.attention import additive, block_causal
+from dllm_ray.models.attention import additive, block_causal, can_keep_keys, keep_keys, near
 from dllm_ray.models.spec import CONFIG_KEY, DiffusionSpec
 
 # Families that count positions from padding_idx + 1 and would skip padding tokens, which a DLM may attend.
@@ -50,8 +50,8 @@ class LogitsModule(nn.Module):
     ) -> Tensor:  # [N, V], or [B, T, V] when positions is None
         if past_key_values is None:
             attention_mask = self._attention(input_ids, attention_mask, position_ids)
-        elif attention_mask is not None:
-            attention_mask = self._explicit(attention_mask)
+        else:
+            attention_mask = self._over_keys(attention_mask, position_ids, past_key_values)
         arguments = {"input_ids": input_ids, "attention_mask": attention_mask}
         if self._position_offset:
             if position_ids is None:
@@ -62,7 +62,7 @@ class LogitsModule(nn.Module):
         if self._is_decoder:
             arguments["use_cache"] = past_key_values is not None
         if past_key_values is not None:
-            arguments["past_key_values"] = past_key_values
+            arguments["past_key_values" if self._is_decoder else "key_cache"] = past_key_values
         if positions is None:
             return self.model(**arguments).logits
 
@@ -92,6 +92,18 @@ class LogitsModule(nn.Module):
                 grid = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
             mask = block_causal(grid, self._block_size, mask)
         return mask if mask is None or mask.dim() == 2 else self._explicit(mask)
+
+    def _over_keys(self, mask: Tensor | None, position_ids: Tensor, cache):
+        """The mask of a forward that sees the keys of a cache. One that tells queries apart is taken as it is; others
+        leave the layers of an encoder their own patterns."""
+        config = self._trunk[0].config
+        own = mask is None or mask.shape[2] == 1
+        mask = None if mask is None else self._explicit(mask)
+        if self._is_decoder or "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
+            return mask
+        keys = cache.layers[0].get_mask_sizes(position_ids.shape[1])[0]
+        local = near(position_ids, keys, config.sliding_window, mask) if own else mask
+        return {"full_attention": mask, "sliding_attention": local}
 
     def _explicit(self, mask: Tensor) -> Tensor:
         """A 4-D mask in the form that the attention takes."""
@@ -128,10 +140,22 @@ class DiffusionLM:
         return type(_without_adapter(self.model)).__name__
 
     @property
+    def is_decoder(self) -> bool:
+        """Whether the architecture is an autoregressive one, made bidirectional; else it is an encoder."""
+        return is_decoder(_without_adapter(self.model))
+
+    @property
     def layers(self) -> int | None:
-        """Layers whose keys and values can be kept; None for encoders, which keep none."""
+        """Layers whose keys and values can be kept; None for architectures that keep none."""
         base = _without_adapter(self.model)
-        return base.config.get_text_config().num_hidden_layers if is_decoder(base) else None
+        if not self.is_decoder and not can_keep_keys(base):
+            return None
+        return base.config.get_text_config().num_hidden_layers
+
+    def keep_keys(self) -> None:
+        """Makes an encoder ready for `past_key_values`; decoders are."""
+        if not self.is_decoder:
+            keep_keys(_without_adapter(self.model))
 
     @property
     def max_length(self) -> int | None:

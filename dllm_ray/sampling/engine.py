@@ -90,6 +90,7 @@ class Engine:
         self._cache: CanvasCache | None = None
         self._slots = 0  # of the cache, for rows; the twins of guided rows have as many after them
         self._has_twins = False
+        self._is_encoder = not lm.is_decoder
         self._waiting: deque[tuple[Row, Plan]] = deque()
         self._batch = Batch(lm.spec, self._vocabulary)
         self._plans: deque[Plan] = deque(maxlen=64)  # those asked for lately: rows of equal settings share one
@@ -188,6 +189,7 @@ class Engine:
         """Room in the cache: a slot for each row, and where rows are guided, as many again for their twins."""
         if self._cache is None:
             self._cache = CanvasCache(self.lm.layers)
+            self.lm.keep_keys()
         before, had_twins = self._slots, self._has_twins
         self._slots = max(before, len(self._batch), self.max_rows or 0)
         self._has_twins = had_twins or bool((self._batch.state["cfg_scale"] > 0).any())
@@ -272,7 +274,8 @@ class Engine:
             )
             arguments |= {"past_key_values": self._cache, "position_ids": column}
         ragged = bool((keys < seen).any())
-        if causal and (ragged or not cached or bool((start < window.block).any())):
+        # without a mask everything would be seen; but an encoder's local layers see as far as they do unless told
+        if causal and (ragged or not cached or self._is_encoder or bool((start < window.block).any())):
             arguments["attention_mask"] = self._block_mask(rows[entries], column_BW, keys, seen)
         elif ragged:
             seen_BK = torch.from_numpy(np.arange(seen) < keys[:, None]).to(device)

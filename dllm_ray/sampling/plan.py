@@ -32,7 +32,7 @@ class Plan:
     Args:
         config: the settings.
         spec: the model's facts.
-        takes_cache: whether the model can keep keys and values (decoders can, encoders can't).
+        takes_cache: whether the model can keep keys and values.
 
     Raises:
         ConfigError: the cache can't be used with the model.
@@ -51,7 +51,9 @@ class Plan:
         # Dream's own decoding: where logits are shifted, its policies go by its rules
         self._dream = config.policy in DREAM_POLICIES and self.shift and spec.grid is None
         if self.cached and not takes_cache:
-            raise ConfigError(f"{spec.family} is an encoder, which keeps no keys and values: set cache none", "cache")
+            raise ConfigError(
+                f"{spec.family} attends in a way of its own, which keeps no keys and values: set cache none", "cache"
+            )
         if config.cache == "block" and spec.grid is None and config.block_size is None:
             raise ConfigError("a block cache needs the size of its blocks: set block_size", "block_size")
         if self.refreshes and spec.grid is not None:

@@ -23,13 +23,19 @@ EVERY = pytest.mark.parametrize(
 
 @pytest.fixture(scope="session")
 def models(sharp_lm) -> dict[str, DiffusionLM]:
-    """full: bidirectional; causal: the same weights under block-causal attention; encoder: keeps no keys and values."""
+    """full: bidirectional; causal: the same weights under block-causal attention."""
     full = sharp_lm("llama")
     causal = DiffusionLM(full.model, None, dataclasses.replace(full.spec, attention="block_causal", block_size=GRID))
     return {"full": full, "causal": causal, "encoder": sharp_lm("bert")}
 
 
-FITTING = {"none": ("full", "causal", "encoder"), "prefix": ("full",), "dual": ("full",), "block": ("full", "causal")}
+REFRESHED = ("full", "encoder")
+FITTING = {
+    "none": ("full", "causal", "encoder"),
+    "prefix": REFRESHED,
+    "dual": REFRESHED,
+    "block": ("full", "causal", "encoder"),
+}
 """Models that can use a cache."""
 EVERYWHERE = pytest.mark.parametrize(
     ("policy", "cache", "model"),

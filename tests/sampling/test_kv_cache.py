@@ -128,7 +128,7 @@ def block_causal_logits(lm: DiffusionLM, canvas: list[int], visible: torch.Tenso
 
 
 BLOCK = SamplerConfig(max_new_tokens=14, block_size=SIZE, steps=12, cache="block", eos_early_stop=False)
-ARCHITECTURES = pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+ARCHITECTURES = pytest.mark.parametrize("architecture", ["bert", "modernbert", "llama", "qwen3"])
 CHANGES = pytest.mark.parametrize(
     "change",
     [
@@ -315,8 +315,8 @@ def shallow_lm(make_lm):
     """A sharp model of one layer: the keys and values of a position follow from its token alone."""
 
     @cache
-    def make(seed: int) -> DiffusionLM:
-        lm = make_lm("llama", seed=seed, num_hidden_layers=1)
+    def make(architecture: str, seed: int) -> DiffusionLM:
+        lm = make_lm(architecture, seed=seed, num_hidden_layers=1, extra=LOCAL if architecture == "modernbert" else {})
         source = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in lm.model.parameters():
@@ -328,17 +328,28 @@ def shallow_lm(make_lm):
     return make
 
 
+LOCAL = {"local_attention": 8, "layer_types": ["sliding_attention"]}  # sees four positions to each side
 STEPS = SamplerConfig(max_new_tokens=14, block_size=SIZE, steps=14, eos_early_stop=False)
 
 
 @REFRESHING
 @pytest.mark.parametrize("change", [{}, {"block_size": None}, {"shift_logits": True}, {"cfg_scale": 0.8}], ids=str)
 @pytest.mark.parametrize("seed", range(3))
-def test_nothing_is_stale_in_a_model_of_one_layer(shallow_lm, cache, change, seed):
-    lm, config = shallow_lm(seed), dataclasses.replace(STEPS, **change)
+@ARCHITECTURES
+def test_nothing_is_stale_in_a_model_of_one_layer(shallow_lm, architecture, cache, change, seed):
+    lm, config = shallow_lm(architecture, seed), dataclasses.replace(STEPS, **change)
     plain = Sampler(lm, config).sample(PROMPTS, trace=True)
     cached = Sampler(lm, dataclasses.replace(config, cache=cache)).sample(PROMPTS, trace=True)
     assert [item.tolist() for item in cached.history] == [item.tolist() for item in plain.history]
+
+
+def test_an_encoder_that_has_kept_keys_computes_what_it_did_before(make_lm):
+    lm, ids = make_lm("modernbert", extra={"local_attention": 8}), torch.arange(40, 60).repeat(2, 1)
+    padded = torch.ones_like(ids)
+    padded[1, 12:] = 0
+    before = lm.logits(ids, padded)
+    Sampler(lm, dataclasses.replace(STEPS, cache="dual")).sample(PROMPTS)
+    assert torch.equal(lm.logits(ids, padded), before)
 
 
 @REFRESHING
