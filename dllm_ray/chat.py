@@ -2,7 +2,8 @@
 
 A conversation is rendered by the tokenizer's chat template and tokenized piece by piece, cut where an assistant's turn
 begins and ends. So the tokens of a prompt are the same whether an answer follows or not, and what a model saw in
-training is what it sees when it answers. Text that looks like a control token stays text.
+training is what it sees when it answers. A template that rewrites earlier turns can't be cut so: a prompt is then
+taken as a whole, a conversation to learn from is refused. Text that looks like a control token stays text.
 """
 
 import re
@@ -25,7 +26,7 @@ class Encoded:
 
     ids: list[int]
     answers: list[tuple[int, int]]
-    """[start, stop) of each assistant turn in `ids`, closing token included."""
+    """[start, stop) of each assistant turn in `ids`, closing token included; empty for a prompt taken as a whole."""
 
 
 def encode(tokenizer, messages: Sequence[Message], add_generation_prompt: bool = False) -> Encoded:
@@ -63,13 +64,29 @@ def encode_all(
 def render(tokenizer, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[tuple[str, bool]]:
     """The conversation as text, in pieces: (text, whether it is an assistant's turn).
 
-    Control tokens inside messages are replaced by stand-ins that `encode_pieces` turns into plain text.
+    Control tokens inside messages are replaced by stand-ins that `encode_pieces` turns into plain text. A prompt
+    (`add_generation_prompt`) is a single piece where the template rewrites earlier turns, as Qwen3's drops what was
+    thought in them: nothing in it is to be learned, so no turn needs to be found.
 
     Raises:
-        DataError: the template raises, or rewrites earlier text when turns are added.
+        DataError: the template raises; or, unless it is a prompt, rewrites earlier text when turns are added.
     """
     safe = [_shield(tokenizer, message) for message in messages]
     whole = _apply(tokenizer, safe, add_generation_prompt)
+    try:
+        return _cut(tokenizer, safe, whole, add_generation_prompt)
+    except DataError:
+        if add_generation_prompt:
+            return [(whole, False)]
+        raise
+
+
+def _cut(tokenizer, safe: list[Message], whole: str, add_generation_prompt: bool) -> list[tuple[str, bool]]:
+    """The rendered conversation, cut where an assistant's turn begins and ends.
+
+    Raises:
+        DataError: the template refuses a beginning of the conversation, or renders it otherwise than inside the whole.
+    """
     pieces: list[tuple[str, bool]] = []
     done = 0
     for index, message in enumerate(safe):
@@ -120,6 +137,11 @@ def encode_text(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def encode_plain(tokenizer, text: str) -> list[int]:
+    """Token ids of a text outside a conversation; what looks like a control token in it stays text."""
+    return _tokenize_plain(tokenizer, [text])[0] if text else []
+
+
 def decode(tokenizer, ids: Sequence[int], eot_text: str | None = None) -> str:
     """The text of generated tokens, without control tokens.
 
@@ -153,17 +175,17 @@ def _tokenize(tokenizer, texts: list[str], plain: list[bool]) -> list[list[int]]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     shielded = [index for index, is_plain in enumerate(plain) if is_plain]
     if shielded:
-        for index, row in zip(shielded, _as_text(tokenizer, [texts[index] for index in shielded]), strict=True):
+        for index, row in zip(shielded, _tokenize_plain(tokenizer, [texts[index] for index in shielded]), strict=True):
             ids[index] = row
     return ids
 
 
-def _as_text(tokenizer, texts: list[str]) -> list[list[int]]:
+def _tokenize_plain(tokenizer, texts: list[str]) -> list[list[int]]:
     rows = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     controls = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     for index, row in enumerate(rows):
         if len(texts[index]) > 1 and not controls.isdisjoint(row):  # a Unigram vocabulary holds them as words too
-            rows[index] = [token for letter in _as_text(tokenizer, list(texts[index])) for token in letter]
+            rows[index] = [token for letter in _tokenize_plain(tokenizer, list(texts[index])) for token in letter]
     return rows
 
 

@@ -6,21 +6,46 @@ number of workers, so neither do the answers.
 """
 
 import os
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
 
+from dllm_ray.answers import Answer, AnswerStore, answer_columns, answer_key, base_seed, ended_by_stop
 from dllm_ray.cluster import Shares
 from dllm_ray.errors import ConfigError, DllmRayError, ResourceError
 from dllm_ray.models.config import ModelConfig
-from dllm_ray.models.load import open_model
+from dllm_ray.models.load import open_model, open_tokenizer
+from dllm_ray.prompts import encode_rows, encode_texts, require_room
 from dllm_ray.sampling.config import SamplerConfig
 from dllm_ray.sampling.sampler import SampleOutput, Sampler, row_seeds
 
 _MAX_LOSSES = 3  # lost workers in a row, without a finished slice between them, before the pool gives up
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Prompts that were answered together."""
+
+    rows: list[int]
+    """Their places among all prompts."""
+    output: SampleOutput
+    """What was written, in the order of `rows`."""
+    ended: list[bool]
+    """Whether an end-of-text token ended each answer; else it ran to its limit."""
+
+    def answers(self) -> dict[int, Answer]:
+        """Row -> answer."""
+        answers = map(Answer, self.output.completions, self.output.row_nfe, self.ended)
+        return dict(zip(self.rows, answers, strict=True))
 
 
 class ModelPool:
@@ -33,7 +58,7 @@ class ModelPool:
     """
 
     def __init__(self, model: ModelConfig, shares: Shares, threads: int | None = None):
-        self._model = model
+        self.model = model
         self._shares = shares
         self._threads = threads or max((os.cpu_count() or 1) // shares.workers, 1)
         self._workers = [self._start() for _ in range(shares.workers)]
@@ -47,20 +72,25 @@ class ModelPool:
         for call in [worker.ready.remote() for worker in self._workers]:
             _result(call)
 
-    def sample(
+    def slices(
         self,
         prompts: Sequence[Sequence[int]],
         config: SamplerConfig,
         slice_rows: int,
-        on_progress: Callable[[int], None] | None = None,
-    ) -> SampleOutput:
-        """Answers every prompt.
+        done: Container[int] = (),
+        infill: bool = False,
+        sequences: bool = False,
+    ) -> Iterator[Slice]:
+        """Answers prompts slice by slice, and yields each slice when it is finished, in whatever order that is.
 
         Args:
             prompts: token ids.
             config: how to denoise.
             slice_rows: prompts in a slice; a worker denoises a slice as one batch.
-            on_progress: called with the number of prompts answered so far.
+            done: rows answered before. A slice is left out when it holds no others, else it is done as a whole: so
+                slices, and with them answers, stay what they would have been.
+            infill: fill the mask tokens inside the prompts instead of continuing them.
+            sequences: bring back `SampleOutput.sequences`, which most callers have no use for.
 
         Raises:
             DllmRayError: what a worker met, e.g. a prompt that doesn't fit the context.
@@ -69,37 +99,109 @@ class ModelPool:
         if slice_rows < 1:
             raise ConfigError(f"must be at least 1, got {slice_rows}", "slice_rows")
         self.wait()
-        began = time.perf_counter()
         seeds = row_seeds(config.seed, range(len(prompts)))
         longest_first = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-        todo = [longest_first[start : start + slice_rows] for start in range(0, len(prompts), slice_rows)]
+        cut = [longest_first[start : start + slice_rows] for start in range(0, len(prompts), slice_rows)]
+        todo = [rows for rows in cut if not all(row in done for row in rows)]
         todo.reverse()  # taken from the end
-        finished: list[tuple[list[int], SampleOutput]] = []
         idle = list(range(len(self._workers)))
         under_way: dict[ray.ObjectRef, tuple[int, list[int]]] = {}
-        done = losses = 0
+        losses = 0
         while todo or under_way:
             while idle and todo:
                 worker, rows = idle.pop(), todo.pop()
                 call = self._workers[worker].sample.remote(
-                    [list(prompts[row]) for row in rows], config, [seeds[row] for row in rows]
+                    [list(prompts[row]) for row in rows], config, [seeds[row] for row in rows], infill, sequences
                 )
                 under_way[call] = (worker, rows)
             (call,), _ = ray.wait(list(under_way))
             worker, rows = under_way.pop(call)
+            idle.append(worker)
             try:
-                finished.append((rows, _result(call)))
-                done, losses = done + len(rows), 0
-                if on_progress is not None:
-                    on_progress(done)
+                output, ended = _result(call)
             except RayActorError as error:
                 losses += 1
                 if losses > _MAX_LOSSES:
                     raise ResourceError(f"workers keep dying, the last one so: {error}") from error
                 self._workers[worker] = self._start()
                 todo.append(rows)
-            idle.append(worker)
+                continue
+            losses = 0
+            yield Slice(rows, output, ended)
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        config: SamplerConfig,
+        slice_rows: int,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> SampleOutput:
+        """Answers every prompt; all answers are held in memory.
+
+        Args:
+            prompts: token ids.
+            config: how to denoise.
+            slice_rows: prompts in a slice; a worker denoises a slice as one batch.
+            on_progress: called with the number of prompts answered so far.
+
+        Raises:
+            DllmRayError: as `slices`.
+        """
+        self.wait()
+        began = time.perf_counter()
+        finished: list[Slice] = []
+        done = 0
+        for part in self.slices(prompts, config, slice_rows, sequences=True):
+            finished.append(part)
+            done += len(part.rows)
+            if on_progress is not None:
+                on_progress(done)
         return _in_order(finished, time.perf_counter() - began)
+
+    def fill(
+        self,
+        store: AnswerStore,
+        prompts: Sequence[Sequence[int]],
+        config: SamplerConfig,
+        slice_rows: int,
+        on_progress: Callable[[int], None] | None = None,
+        infill: bool = False,
+    ) -> None:
+        """Answers the prompts that a store has no answers to, and keeps each slice there as soon as it is finished.
+
+        The store's facts then say `seed`, which rows' seeds are derived from, and the `seconds` that all of it took.
+
+        Args:
+            store: opened with the `answer_key` of the same model, prompts and settings.
+            prompts: token ids.
+            config: how to denoise. A null seed is drawn once and kept in the store.
+            slice_rows: prompts in a slice; a worker denoises a slice as one batch.
+            on_progress: called with the number of prompts answered so far, earlier runs included.
+            infill: as in `slices`.
+
+        Raises:
+            DllmRayError: as `slices`.
+            OutputError: the store can't be written.
+        """
+        config = replace(config, seed=base_seed(store, config))
+        self.wait()
+        before, began = store.facts.get("seconds", 0.0), time.perf_counter()
+        for part in self.slices(prompts, config, slice_rows, done=store, infill=infill):
+            store.add(part.answers(), seconds=before + time.perf_counter() - began)
+            if on_progress is not None:
+                on_progress(len(store))
+
+    def trace(
+        self, prompts: Sequence[Sequence[int]], config: SamplerConfig, seeds: Sequence[int], infill: bool = False
+    ) -> tuple[list[list[int]], SampleOutput]:
+        """The canvases that a few prompts begin with, and what one worker makes of them, with what each step wrote
+        (`SampleOutput.commits`).
+
+        Raises:
+            DllmRayError: what the worker met.
+        """
+        call = self._workers[0].trace.remote([list(prompt) for prompt in prompts], config, list(seeds), infill)
+        return _result(call)
 
     def close(self) -> None:
         """Ends the workers."""
@@ -114,7 +216,7 @@ class ModelPool:
 
     def _start(self):
         options = {"num_cpus": self._shares.cpus, "num_gpus": self._shares.gpus}
-        return ray.remote(_Worker).options(**options).remote(self._model, self._threads)
+        return ray.remote(_Worker).options(**options).remote(self.model, self._threads)
 
 
 def _result(call: ray.ObjectRef):
@@ -144,25 +246,105 @@ class _Worker:
             torch.set_num_threads(self._threads)
         self._lm = open_model(self._model, device=device)
 
-    def sample(self, prompts: list[list[int]], config: SamplerConfig, seeds: list[int]) -> SampleOutput:
+    def sample(
+        self, prompts: list[list[int]], config: SamplerConfig, seeds: list[int], infill: bool, sequences: bool
+    ) -> tuple[SampleOutput, list[bool]]:
         self.ready()
-        return Sampler(self._lm, config).sample(prompts, seeds=seeds)
+        sampler = Sampler(self._lm, config)
+        output = (sampler.infill if infill else sampler.sample)(prompts, seeds=seeds)
+        ended = ended_by_stop(prompts, output, self._lm.spec.stop_token_ids)
+        return output if sequences else replace(output, sequences=[]), ended
+
+    def trace(
+        self, prompts: list[list[int]], config: SamplerConfig, seeds: list[int], infill: bool
+    ) -> tuple[list[list[int]], SampleOutput]:
+        self.ready()
+        sampler = Sampler(self._lm, config)
+        output = (sampler.infill if infill else sampler.sample)(prompts, trace=True, seeds=seeds)
+        return sampler.canvases(prompts, infill), replace(output, history=None)
 
 
-def _in_order(finished: list[tuple[list[int], SampleOutput]], seconds: float) -> SampleOutput:
+def sample_dataset(
+    dataset: "ray.data.Dataset",
+    pool: ModelPool,
+    config: SamplerConfig,
+    slice_rows: int = 64,
+    columns: Mapping[str, str] | None = None,
+    resume: str | Path | None = None,
+    on_progress: Callable[[int], None] | None = None,
+    infill: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Answers the rows of a Ray dataset, in its order.
+
+    Args:
+        dataset: rows with a column `prompt`, `question`, `instruction` or `messages`.
+        pool: answers them.
+        config: how to denoise.
+        slice_rows: prompts in a slice; a worker denoises a slice as one batch.
+        columns: our column name -> the dataset's, e.g. `{"prompt": "query"}`.
+        resume: a file that keeps answers: a call that was broken off goes on when it is made again. It goes away with
+            the last row that is taken.
+        on_progress: called with the number of prompts answered so far.
+        infill: fill the gaps in the texts of a column `infill` or `text` (`encode_texts`).
+
+    Returns:
+        Every row with `completion`, `completion_tokens`, `nfe`, `tpf` and `seed` beside its own columns. All are
+        answered before the first is returned.
+
+    Raises:
+        DataError: a row that can't be used, or doesn't fit the model; before any is answered.
+        DllmRayError: as `ModelPool.fill`.
+    """
+    tokenizer, spec, blueprint = open_tokenizer(pool.model.path)
+    rows = _rows_in_order(dataset)
+    named = ((partial("row {}".format, number), row) for number, row in enumerate(rows))
+    if infill:
+        _, prompts = encode_texts(named, tokenizer, spec.mask_token_id, columns or {})
+    else:
+        _, prompts = encode_rows(named, tokenizer, columns or {})
+    require_room(prompts, config, blueprint.max_length, infill)
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dllm_ray_")) if resume is None else ""
+        key = answer_key(pool.model, config, slice_rows, prompts, infill)
+        store = stack.enter_context(AnswerStore(Path(resume or f"{folder}/answers.jsonl"), key))
+        pool.fill(store, prompts, config, slice_rows, on_progress, infill)
+        opened = stack.pop_all()
+
+    def answered() -> Iterator[dict[str, Any]]:
+        with opened:
+            seeds = row_seeds(store.facts["seed"], range(len(rows)))
+            for number, row in enumerate(rows):
+                gaps = prompts[number] if infill else None
+                yield {**row, **answer_columns(tokenizer, spec, store[number], seeds[number], gaps)}
+            store.remove()
+
+    return answered()
+
+
+def _rows_in_order(dataset: "ray.data.Dataset") -> list[dict[str, Any]]:
+    """All rows, as plain Python values; Ray Data by itself hands out blocks as they are finished."""
+    options = dataset.context.execution_options
+    before, options.preserve_order = options.preserve_order, True
+    try:
+        return [row for table in dataset.iter_batches(batch_format="pyarrow") for row in table.to_pylist()]
+    finally:
+        options.preserve_order = before
+
+
+def _in_order(finished: list[Slice], seconds: float) -> SampleOutput:
     """The slices' outputs as one, in the order of the prompts."""
-    place = [row for rows, _ in finished for row in rows]
+    place = [row for part in finished for row in part.rows]
     order = sorted(range(len(place)), key=place.__getitem__)
 
     def joined(field: str) -> list:
-        values = [value for _, output in finished for value in getattr(output, field)]
+        values = [value for part in finished for value in getattr(part.output, field)]
         return [values[index] for index in order]
 
     return SampleOutput(
         sequences=joined("sequences"),
         completions=joined("completions"),
         row_nfe=joined("row_nfe"),
-        nfe=sum(output.nfe for _, output in finished),
+        nfe=sum(part.output.nfe for part in finished),
         seconds=seconds,
         history=None,
     )

@@ -2,10 +2,16 @@
 
     python jobs/benchmark.py train
     python jobs/benchmark.py train --config my_sizes.yaml --data.path train.jsonl --json figures.json
+    python jobs/benchmark.py sample
+    python jobs/benchmark.py sample --model.path MODEL_DIR --batch_sizes '[1, 8, 32]' --json figures.json --mlflow true
 
 train: tokens per second of the training loop under Ray Train with one worker, of the same loop without Ray, and of a
 bare PyTorch loop that computes the logits of every position. The three take turns, so that a machine that slows down
 slows all of them. Sizes default to configs/benchmark/train.yaml.
+
+sample: for each decoding algorithm and batch size, tokens per second, tokens per forward, and the time of a call of the
+sampler over the time of the forwards that it needed, run again by themselves. Sizes default to
+configs/benchmark/sample.yaml, with random weights.
 """
 
 import json
@@ -16,27 +22,44 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from dllm_ray.cli import run_job
-from dllm_ray.config import check_seed
+from dllm_ray.config import check_seed, to_dict
 from dllm_ray.data.config import DataConfig
 from dllm_ray.errors import ConfigError
 from dllm_ray.models.config import LoRAConfig, ModelConfig
 from dllm_ray.objectives.config import ObjectiveConfig
-from dllm_ray.output import complete_file
+from dllm_ray.output import complete_file, writable_folder
 from dllm_ray.sampling.config import SamplerConfig
+from dllm_ray.tracking import TrackingConfig
 from dllm_ray.training.config import TrainConfig
 
 OURS, ALONE, BARE = "under Ray Train", "the same loop alone", "bare loop, all logits"
 CHUNK = 5
 """Steps of one reading; the median of many short readings is not moved by a passing disturbance."""
 
-DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "benchmark" / "train.yaml"
+DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "benchmark"
+
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "mdlm": {},
+    "mdlm_half_steps": {},
+    "mdlm_temperature_1": {"temperature": 1.0},
+    "mdlm_cfg": {"cfg_scale": 1.0},
+    "threshold": {"threshold": 0.9},
+    "dream_entropy": {"policy": "entropy"},
+    "prefix": {"cache": "prefix"},
+    "dual": {"cache": "dual"},
+    "dual_threshold": {"cache": "dual", "threshold": 0.9},
+    "block": {"cache": "block"},
+    "block_threshold": {"cache": "block", "threshold": 0.9},
+}
+"""What sets each algorithm apart; one step for each token otherwise."""
 
 
 @dataclass
@@ -125,6 +148,120 @@ def benchmark_train(job: TrainBenchmark) -> None:
         }
         with complete_file(Path(job.json)) as file:
             json.dump(figures, file, indent=2)
+
+
+@dataclass
+class SampleBenchmark:
+    """Settings of jobs/benchmark.py sample."""
+
+    algorithms: list[str] | None = None
+    """Names of algorithms; null: all that the model can run."""
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
+    """Prompts denoised together."""
+    prompt_tokens: int = 128
+    """Length of the prompts, which are random tokens."""
+    new_tokens: int = 64
+    """Length of the answers; an end of text doesn't stop them."""
+    block_size: int = 32
+    """Tokens in a block."""
+    rounds: int = 3
+    """How often the sampler and its forwards take turns; the fastest counts."""
+    threads: int | None = None
+    """torch threads on a CPU; null: all cores."""
+    json: str | None = None
+    """File to write the figures to."""
+    mlflow: bool = False
+    """Record the figures in MLflow."""
+    output_dir: str = "outputs/benchmark"
+    """Folder of the MLflow database, unless `tracking.uri` names another."""
+    seed: int = 0
+    """Seeds weights, prompts and draws."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model; random weights of the sizes of `model.scratch` when `model.path` is null."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """MLflow."""
+
+    def __post_init__(self):
+        check_seed(self.seed)
+        for name in ("prompt_tokens", "new_tokens", "block_size", "rounds", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"must be at least 1, got {value}", name)
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise ConfigError(f"expected numbers of at least 1, got {self.batch_sizes}", "batch_sizes")
+        for name in self.algorithms or ():
+            if name not in ALGORITHMS:
+                raise ConfigError(f"expected some of {', '.join(ALGORITHMS)}, got {name!r}", "algorithms")
+
+    def sampler(self, algorithm: str) -> SamplerConfig:
+        """The settings of an algorithm."""
+        steps = self.new_tokens // 2 if algorithm == "mdlm_half_steps" else self.new_tokens
+        return SamplerConfig(
+            max_new_tokens=self.new_tokens,
+            steps=max(steps, -(-self.new_tokens // self.block_size)),
+            block_size=self.block_size,
+            eos_early_stop=False,
+            seed=self.seed,
+            **ALGORITHMS[algorithm],
+        )
+
+
+def benchmark_sample(job: SampleBenchmark) -> None:
+    import torch
+
+    from dllm_ray.sampling.plan import Plan
+    from dllm_ray.sampling.speed import measure
+    from dllm_ray.viz.terminal import table
+
+    threads = job.threads or os.cpu_count()
+    torch.set_num_threads(threads)
+    lm = _model_to_sample(job)
+    source = torch.Generator().manual_seed(job.seed)
+    vocabulary = lm.model.get_input_embeddings().num_embeddings
+    rows = []
+    for algorithm in job.algorithms or ALGORITHMS:
+        config = job.sampler(algorithm)
+        try:
+            Plan(config, lm.spec, takes_cache=lm.layers is not None)
+        except ConfigError as error:
+            print(f"{algorithm}: left out: {error}", file=sys.stderr)
+            continue
+        for size in job.batch_sizes:
+            prompts = torch.randint(vocabulary, (size, job.prompt_tokens), generator=source).tolist()
+            speed = measure(lm, config, prompts, job.rounds)
+            rows.append({"algorithm": algorithm, "batch": size, **asdict(speed)})
+            print(f"{algorithm}, batch {size}: {speed.ratio:.3f} times its forwards", file=sys.stderr)
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{threads} CPU threads"
+    table(f"sampling {job.new_tokens} tokens on {where}, {job.model.dtype}", rows)
+    if job.json:
+        with complete_file(Path(job.json)) as file:
+            json.dump({"where": where, "settings": to_dict(job), "rows": rows}, file, indent=2)
+    if job.mlflow:
+        _log(job, rows)
+
+
+def _model_to_sample(job: SampleBenchmark):
+    from dllm_ray.models import load, tokenizers
+
+    if job.model.path is not None:
+        load.check_path(job.model.path)
+        return load.open_model(job.model, device=_device())
+    # the weights are random, so the tokenizer needn't know the whole vocabulary
+    scratch = job.model.scratch
+    scratch = replace(scratch, extra=scratch.extra | {"vocab_size": scratch.vocab_size})
+    tokenizer = tokenizers.train_bpe([], scratch.vocab_size)
+    return load.open_model(replace(job.model, scratch=scratch), tokenizer, job.seed, _device())
+
+
+def _log(job: SampleBenchmark, rows: list[dict[str, Any]]) -> None:
+    from dllm_ray import tracking
+
+    tags = {"dllm_ray.model": job.model.path or job.model.scratch.architecture}
+    with tracking.start("benchmark", to_dict(job), writable_folder(job.output_dir), job.tracking, tags) as run:
+        for row in rows:
+            place = f"benchmark/{row['algorithm']}/batch_{row['batch']}"
+            run.log({f"{place}/{name}": row[name] for name in ("ratio", "tokens_per_s", "tpf", "nfe")})
+        run.json("benchmark.json", rows)
 
 
 def _batches(job: TrainBenchmark, prepared) -> list:
@@ -267,9 +404,12 @@ def _device() -> str:
 
 if __name__ == "__main__":
     kind, *arguments = sys.argv[1:] or ["--help"]
-    if kind not in ("train", "-h", "--help"):
-        print(f"error: benchmark {kind!r} is unknown; expected train", file=sys.stderr)
+    kinds = {"train": (TrainBenchmark, benchmark_train), "sample": (SampleBenchmark, benchmark_sample)}
+    if kind in ("-h", "--help"):
+        kind, arguments = "train", ["--help"]
+    if kind not in kinds:
+        print(f"error: benchmark {kind!r} is unknown; expected {' or '.join(kinds)}", file=sys.stderr)
         sys.exit(2)
-    if kind == "train" and not any(word.startswith(("--config", "-h", "--help")) for word in arguments):
-        arguments = ["--config", str(DEFAULTS), *arguments]
-    sys.exit(run_job(TrainBenchmark, benchmark_train, __doc__, arguments if kind == "train" else ["--help"]))
+    if not any(word.startswith(("--config", "-h", "--help")) for word in arguments):
+        arguments = ["--config", str(DEFAULTS / f"{kind}.yaml"), *arguments]
+    sys.exit(run_job(*kinds[kind], __doc__, arguments))

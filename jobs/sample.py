@@ -1,26 +1,37 @@
 """Answers prompts with a diffusion language model.
 
     python jobs/sample.py --model.path outputs/digits/final --prompt "reverse 4096" --show
+    python jobs/sample.py --model.path MODEL_DIR --prompt "The [MASK:4] sat" --infill --html replay.html
     python jobs/sample.py --model.path MODEL_DIR --prompts questions.jsonl --output_dir outputs/answers
 
-A prompts file has a column `prompt`, `question`, `instruction` or `messages`; it is answered by Ray workers, in order,
-into OUTPUT_DIR/samples.jsonl. A single --prompt is answered in this process, without Ray.
+A source of prompts has a column `prompt`, `question`, `instruction` or `messages` (with --infill: `infill` or `text`).
+It is answered by Ray workers, in order, into OUTPUT_DIR/samples.jsonl, with a summary.json beside it. When such a run
+is killed, the same command goes on where it was. A single --prompt is answered in this process, without Ray.
 """
 
 import json
 import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from dllm_ray.cli import run_job
 from dllm_ray.config import section, to_dict
-from dllm_ray.errors import ConfigError, DataError
+from dllm_ray.errors import ConfigError, DataError, OutputError
 from dllm_ray.models.config import ModelConfig
 from dllm_ray.output import complete_file, writable_folder
 from dllm_ray.sampling.config import SamplerConfig
 from dllm_ray.tracking import TrackingConfig
+
+SAMPLES, SUMMARY = "samples.jsonl", "summary.json"
+PARTIAL = ".partial.jsonl"  # the answers of a source of prompts until all of them are there
+_REPLAYED = 8  # prompts that --html shows
 
 
 @dataclass
@@ -31,14 +42,21 @@ class SampleJob:
     """Folder for samples.jsonl and, unless the model was trained here, the MLflow database."""
     prompt: str | None = None
     """One question."""
-    prompts: str | None = None
-    """A file of questions: jsonl, json, csv or parquet."""
+    prompts: str | list[str] | None = None
+    """Questions: a file (jsonl, json, csv or parquet), a folder, glob or URL of such files, a data set of the hub, or a
+    list of these."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Other column names in the file, e.g. `{prompt: query}`."""
+    """Other column names in the source of prompts, e.g. `{prompt: query}`."""
     limit: int | None = None
-    """Questions of the file, from the first; null: all."""
+    """Questions of the source, from the first; null: all."""
+    infill: bool = False
+    """Prompts are texts whose gaps are filled in: `[MASK]` is a gap of one token, `[MASK:8]` of eight."""
+    fresh: bool = False
+    """Throw away the answers to a source of prompts that the output folder holds."""
     show: bool = False
-    """Print the canvas of the first prompt after each denoising step."""
+    """Show how a single prompt is denoised: live on a terminal, else a line for each step."""
+    html: str | None = None
+    """A file to write: a web page that replays how the first prompts were denoised."""
     workers: int | None = None
     """Ray workers that hold the model; null: one for each GPU of the cluster, or 2 where there is none."""
     batch_size: int = 64
@@ -55,118 +73,279 @@ class SampleJob:
             raise ConfigError("name the model, e.g. --model.path outputs/digits/final", "model.path")
         if (self.prompt is None) == (self.prompts is None):
             raise ConfigError("give one question with --prompt, or a file with --prompts", "prompt")
-        with section("sampler"):
-            self.sampler.blocks()
+        if self.prompts is not None and not self.prompts:
+            raise ConfigError("name at least one source", "prompts")
+        if self.show and self.prompts is not None:
+            raise ConfigError("shows a single --prompt; for the first of many write a page with --html", "show")
+        if self.html is not None and (not Path(self.html).parent.is_dir() or Path(self.html).is_dir()):
+            raise ConfigError(f"{self.html} is no file in a folder that is there", "html")
+        if not self.infill:
+            with section("sampler"):
+                self.sampler.blocks()
         for name in ("limit", "workers", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"must be at least 1, got {value}", name)
 
 
+@dataclass
+class Work:
+    """What is to be answered, checked."""
+
+    job: SampleJob
+    output_dir: Path
+    provenance: dict[str, Any]
+    tokenizer: Any
+    spec: Any
+    given: list[dict[str, Any]]
+    """The column of each answer's row that says what was asked."""
+    prompts: list[Sequence[int]]
+
+
 def main(job: SampleJob) -> None:
     from dllm_ray.models.load import check_path
 
     check_path(job.model.path)
-    conversations = _conversations(job)
+    rows = _rows(job)
     output_dir = writable_folder(job.output_dir)
-    from dllm_ray import chat, tracking
-    from dllm_ray.models.load import open_tokenizer
+    from dllm_ray.answers import answer_key
     from dllm_ray.training.checkpoint import read_provenance
 
-    provenance = read_provenance(job.model.path)
+    work = _encoded(job, output_dir, read_provenance(job.model.path), rows)
+    key = None
+    if job.prompt is None:
+        key = answer_key(job.model, job.sampler, job.batch_size, work.prompts, job.infill)
+    if job.fresh:
+        (output_dir / SUMMARY).unlink(missing_ok=True)
+    elif _is_finished(output_dir, key):
+        (output_dir / PARTIAL).unlink(missing_ok=True)
+        print(f"answers   all of them are in {output_dir / SAMPLES} from before; --fresh answers again")
+        return
+    if key is None:
+        _answer_here(work)
+    else:
+        _answer_by_workers(work, key)
+
+
+def _rows(job: SampleJob) -> Iterable[tuple[Callable[[], str], dict]]:
+    """The rows, each with a function that says where it is from."""
+    from dllm_ray.data import sources
+
+    if job.prompt is not None:
+        return [(lambda: "--prompt", {"text" if job.infill else "prompt": job.prompt})]
+    shards = sources.resolve(job.prompts)
+    # finding a row's line takes a look through its file, so it is done only when a message needs it
+    rows = ((partial(shard.where, number), row) for shard in shards for number, row in shard.read())
+    return islice(rows, job.limit)
+
+
+def _encoded(job: SampleJob, output_dir: Path, provenance: dict, rows) -> Work:
+    from dllm_ray.models.load import open_tokenizer
+    from dllm_ray.prompts import encode_rows, encode_texts, require_room
+
     tokenizer, spec, blueprint = open_tokenizer(job.model.path)
-    prompts = [chat.encode_prompt(tokenizer, messages) for messages in conversations]
-    _require_room(job, prompts, blueprint.max_length)
-    store = tracking.beside_training(job.tracking, provenance)
-    tags = {"dllm_ray.model": job.model.path}
-    parent = provenance.get("run_id")
-    with tracking.start("sample", to_dict(job), output_dir, store, tags, parent=parent) as run:
-        answers = _answer_here(job, tokenizer, prompts) if job.prompt is not None else _answer_by_workers(job, prompts)
-        path = _write(output_dir, tokenizer, spec.eot_text, conversations, answers)
-        figures = answers.figures()
+    columns = {} if job.prompts is None else job.columns
+    if job.infill:
+        texts, prompts = encode_texts(rows, tokenizer, spec.mask_token_id, columns)
+        given = [{"text": text} for text in texts]
+    else:
+        conversations, prompts = encode_rows(rows, tokenizer, columns)
+        given = [{"messages": messages} for messages in conversations]
+    if not prompts:
+        raise DataError(f"{job.prompts}: holds no rows")
+    require_room(prompts, job.sampler, blueprint.max_length, job.infill)
+    return Work(job, output_dir, provenance, tokenizer, spec, given, prompts)
+
+
+def _is_finished(output_dir: Path, key: dict | None) -> bool:
+    """Whether the folder holds these very answers. A single prompt has no key, and is answered every time.
+
+    Raises:
+        OutputError: it holds the answers to another source of prompts, or made with other settings.
+    """
+    from dllm_ray.answers import changes
+
+    try:
+        before = json.loads((output_dir / SUMMARY).read_text(encoding="utf-8"))["key"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    if not (output_dir / SAMPLES).is_file():
+        return False
+    changed = ["they are to a source of prompts"] if key is None else changes(before, json.loads(json.dumps(key)))
+    if changed:
+        raise OutputError(
+            f"{output_dir / SAMPLES} holds the answers of another run: {'; '.join(changed)}. Name another output_dir, "
+            "or replace them with --fresh"
+        )
+    return True
+
+
+def _answer_here(work: Work) -> None:
+    """Answers one prompt in this process."""
+    import torch
+
+    from dllm_ray.answers import Answer, ended_by_stop
+    from dllm_ray.models.load import open_model
+    from dllm_ray.sampling.sampler import row_seeds
+
+    job = work.job
+    with _tracked(work) as run:
+        lm = open_model(job.model, device="cuda" if torch.cuda.is_available() else "cpu")
+        seeds = row_seeds(job.sampler.seed, [0])
+        canvases, output = _denoise(work, lm, seeds)
+        ended = ended_by_stop(work.prompts, output, work.spec.stop_token_ids)
+        path = work.output_dir / SAMPLES
+        _write(work, path, map(Answer, output.completions, output.row_nfe, ended), seeds)
+        figures = output.figures()
         run.log({f"sampler/{name}": value for name, value in figures.items()})
         run.file(path)
-    if job.prompt is not None:
-        print(chat.decode(tokenizer, answers.completions[0], spec.eot_text))
+        if job.html is not None:
+            run.file(_replay(work, canvases, output))
+    print(json.loads(path.read_text(encoding="utf-8"))["completion"])
     print(
-        f"{len(prompts)} answers in {path}: {figures['tpf']:.2f} tokens per forward, "
-        f"{figures['tokens_per_s']:,.0f} tokens/s",
+        f"1 answer in {path}: {figures['tpf']:.2f} tokens per forward, {figures['tokens_per_s']:,.0f} tokens/s",
         file=sys.stderr,
     )
 
 
-def _conversations(job: SampleJob) -> list[list[dict]]:
-    from dllm_ray.data import formats, sources
-
-    if job.prompt is not None:
-        rows = [("--prompt", {"prompt": job.prompt})]
-        columns = {}
-    else:
-        rows = sources.head(sources.resolve(job.prompts), job.limit or sys.maxsize)
-        columns = job.columns
-        formats.check_columns(columns)
-    conversations = []
-    for where, row in rows:
-        try:
-            conversations.append(formats.to_prompt(row, columns))
-        except formats.RowError as error:
-            raise DataError(f"{where}: {error}: {sources.snippet(row)}") from None
-    if not conversations:
-        raise DataError(f"{job.prompts}: holds no rows")
-    return conversations
-
-
-def _require_room(job: SampleJob, prompts: list[list[int]], limit: int | None) -> None:
-    """Makes sure that every prompt fits the model together with its answer, before any is answered."""
-    new = job.sampler.max_new_tokens or 1
-    for number, prompt in enumerate(prompts, start=1):
-        if limit is not None and len(prompt) + new > limit:
-            raise DataError(
-                f"prompt {number} has {len(prompt)} tokens: with {new} of an answer it doesn't fit the model's context "
-                f"of {limit}. Shorten it, or lower sampler.max_new_tokens"
-            )
-
-
-def _answer_here(job: SampleJob, tokenizer, prompts: list[list[int]]):
-    import torch
-
-    from dllm_ray.models.load import open_model
+def _denoise(work: Work, lm, seeds: list[int]):
+    """The canvas it begins with and the sampler's output; its steps are shown where that is asked for."""
     from dllm_ray.sampling.sampler import Sampler
-    from dllm_ray.viz.terminal import denoising
+    from dllm_ray.viz.live import denoise
 
-    lm = open_model(job.model, device="cuda" if torch.cuda.is_available() else "cpu")
-    output = Sampler(lm, job.sampler).sample(prompts, trace=job.show)
+    job = work.job
+    sampler = Sampler(lm, job.sampler)
+    canvases = sampler.canvases(work.prompts, job.infill)
     if job.show:
-        denoising(tokenizer, lm.spec, output.history[0].tolist(), len(prompts[0]))
-    return output
+        return canvases, denoise(sampler, work.prompts[0], canvases[0], job.infill, seeds[0])
+    sample = sampler.infill if job.infill else sampler.sample
+    return canvases, sample(work.prompts, trace=job.html is not None, seeds=seeds)
 
 
-def _answer_by_workers(job: SampleJob, prompts: list[list[int]]):
+def _answer_by_workers(work: Work, key: dict) -> None:
+    """Answers a source of prompts on Ray workers, going on where an earlier run was killed."""
+    from dllm_ray.answers import AnswerStore, base_seed
+    from dllm_ray.sampling.sampler import row_seeds
+    from dllm_ray.tracking import ui_command
+    from dllm_ray.viz.terminal import table
+
+    job, total = work.job, len(work.prompts)
+    path = work.output_dir / SAMPLES
+    with AnswerStore(work.output_dir / PARTIAL, key, job.fresh) as store, _kept(store, total):
+        before = len(store)
+        if before:
+            print(f"resumed   {before} of {total} prompts were answered before", flush=True)
+        seed = base_seed(store, job.sampler)
+        seeds = row_seeds(seed, range(total))
+        with _tracked(work, resume=store.facts.get("run_id")) as run:
+            store.remember(run_id=run.run_id)
+            if before < total or job.html is not None:
+                _fill(work, store, seeds)
+            figures = _write(work, path, (store[row] for row in range(total)), seeds)
+            seconds = store.facts.get("seconds", 0.0)
+            figures |= {
+                "tokens_per_s": figures["tokens"] / max(seconds, 1e-9),
+                "seconds": seconds,
+                "answered_before": before,
+            }
+            run.log({f"sampler/{name}": value for name, value in figures.items()})
+            run.file(path)
+            if job.html is not None:
+                run.file(job.html)
+            with complete_file(work.output_dir / SUMMARY) as file:  # the last of all: it says that the rest is there
+                json.dump({**figures, "seed": seed, "run_id": run.run_id, "key": key}, file, indent=2)
+            run.file(work.output_dir / SUMMARY)
+        store.remove()
+    table(f"{job.model.path}", [{name.replace("_", " "): value for name, value in figures.items()}])
+    print(f"answers   {path}")
+    print(f"tracking  run {run.run_id}: {ui_command(run.uri)}")
+
+
+@contextmanager
+def _kept(store, total: int) -> Iterator[None]:
+    """Says what becomes of finished answers when the work is broken off."""
+    try:
+        yield
+    except BaseException:
+        if len(store):
+            print(
+                f"{len(store)} of {total} answers are kept: the same command, without --fresh, goes on from there",
+                file=sys.stderr,
+            )
+        raise
+
+
+def _fill(work: Work, store, seeds: list[int]) -> None:
+    """Answers what is left, and writes the replay."""
     from dllm_ray import cluster
     from dllm_ray.viz.terminal import Progress
     from dllm_ray.workers import ModelPool
 
-    with cluster.connect(job.workers or 2), ModelPool(job.model, cluster.shares(job.workers, None, None, "")) as pool:
-        progress = Progress("sample", len(prompts), "prompt")
-        answers = pool.sample(prompts, job.sampler, job.batch_size, progress.update)
+    job, total = work.job, len(work.prompts)
+    with (
+        cluster.connect(job.workers or 2),
+        ModelPool(job.model, cluster.shares(job.workers, None, None, "")) as pool,
+    ):
+        progress = Progress("sample", total, "prompt", done=len(store))
+        pool.fill(store, work.prompts, job.sampler, job.batch_size, progress.update, job.infill)
         progress.close()
-    return answers
+        if job.html is not None:
+            few = work.prompts[:_REPLAYED]
+            _replay(work, *pool.trace(few, job.sampler, seeds[: len(few)], job.infill))
 
 
-def _write(output_dir: Path, tokenizer, eot_text, conversations, answers) -> Path:
-    from dllm_ray import chat
+def _replay(work: Work, canvases: list[list[int]], output) -> Path:
+    """Writes the page that replays the first prompts."""
+    from dllm_ray.viz.html import ReplayRow, replay
 
-    path = output_dir / "samples.jsonl"
-    with complete_file(path) as file:
-        for messages, completion, nfe in zip(conversations, answers.completions, answers.row_nfe, strict=True):
-            row = {
-                "messages": messages,
-                "completion": chat.decode(tokenizer, completion, eot_text),
-                "completion_tokens": len(completion),
-                "nfe": nfe,
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    rows = []
+    for number, canvas in enumerate(canvases):
+        given = 0 if work.job.infill else len(work.prompts[number])
+        label = f"Prompt {number + 1}" if len(work.prompts) > 1 else ""
+        rows.append(ReplayRow(canvas, output.commits[number], given, output.sequences[number], label))
+    path = Path(work.job.html)
+    replay(path, work.tokenizer, work.spec, rows, work.job.model.path, to_dict(work.job.sampler))
     return path
+
+
+@contextmanager
+def _tracked(work: Work, resume: str | None = None) -> Iterator[Any]:
+    """The job's MLflow run, under the model's training where that is known."""
+    from dllm_ray import tracking
+
+    job = work.job
+    store = tracking.beside_training(job.tracking, work.provenance)
+    tags = {"dllm_ray.model": job.model.path}
+    parent = work.provenance.get("run_id")
+    with tracking.start("sample", to_dict(job), work.output_dir, store, tags, resume=resume, parent=parent) as run:
+        yield run
+
+
+def _write(work: Work, path: Path, answers: Iterable, seeds: Sequence[int]) -> dict[str, float]:
+    """Writes the rows, and returns their figures."""
+    from dllm_ray import chat
+    from dllm_ray.answers import answer_columns
+
+    tokens = nfe = ended = 0
+    eot_text = work.spec.eot_text
+    with complete_file(path) as file:
+        for given, prompt, answer, seed in zip(work.given, work.prompts, answers, seeds, strict=True):
+            gaps = prompt if work.job.infill else None
+            row = {**given, **answer_columns(work.tokenizer, work.spec, answer, seed, gaps)}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            tokens += row["completion_tokens"]
+            nfe += row["nfe"]
+            # where no single token ends an answer, a text may
+            cut = eot_text is not None and chat.decode(work.tokenizer, answer.tokens).rstrip() != row["completion"]
+            ended += answer.ended or cut
+    figures = {
+        "prompts": len(work.prompts),
+        "tokens": tokens,
+        "mean_tokens": tokens / len(work.prompts),
+        "nfe": nfe,
+        "tpf": tokens / max(nfe, 1),
+    }
+    return figures if work.job.infill else figures | {"ended": ended, "at_limit": len(work.prompts) - ended}
 
 
 if __name__ == "__main__":

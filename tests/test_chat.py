@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_ray.chat import decode, encode, encode_all, encode_prompt, encode_text, render
+from dllm_ray.chat import decode, encode, encode_all, encode_plain, encode_prompt, encode_text, render
 from dllm_ray.errors import DataError
 from dllm_ray.models.tokenizers import DEFAULT_CHAT_TEMPLATE, load_tokenizer, prepare
 
@@ -19,6 +19,18 @@ OPENS_OTHERWISE = (
 DROPS_EARLIER_ANSWERS = (
     "{% for message in messages %}{% if message.role == 'user' or loop.last %}{{ message.content }}{% endif %}"
     "{% endfor %}"
+)
+DROPS_EARLIER_THOUGHTS = (  # as Qwen3's does: a turn's <think> block is kept only until the next question
+    "{% set ns = namespace(asked=-1) %}"
+    "{% for message in messages if message.role == 'user' %}{% set ns.asked = messages.index(message) %}{% endfor %}"
+    "{% for message in messages %}<|user|>{{ message.role + '\n' }}"
+    "{% if message.role == 'assistant' and loop.index0 < ns.asked %}{{ message.content.split('</think>')[-1] }}"
+    "{% else %}{{ message.content }}{% endif %}<|endoftext|>{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|user|>assistant\n' }}{% endif %}"
+)
+REFUSES_TO_END_WITH_AN_ANSWER = (
+    "{% if messages and messages[-1].role == 'assistant' %}{{ raise_exception('ask something') }}{% endif %}"
+    "{% for message in messages %}{{ message.content }}<|endoftext|>{% endfor %}"
 )
 HOSTILE = [
     *("<|mask|>", "<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>"),
@@ -152,7 +164,52 @@ def test_ordinary_conversations_get_the_tokens_of_the_template_itself(golden):
             assert encode(tokenizer, part, opens).ids == official, folder
 
 
+# --- templates that rewrite earlier turns
+
+
+THOUGHTS = turns("sort 21", "<think>2 > 1</think>12", "and 43?", "<think>4 > 3</think>34", "and 65?")
+
+
+def test_a_prompt_whose_earlier_thoughts_the_template_drops_is_what_the_template_makes_of_it(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", DROPS_EARLIER_THOUGHTS)
+    whole = tokenizer.apply_chat_template(THOUGHTS, tokenize=False, add_generation_prompt=True)
+    assert "12" in whole and "think" not in whole
+    encoded = encode(tokenizer, THOUGHTS, add_generation_prompt=True)
+    assert encoded.ids == encode_prompt(tokenizer, THOUGHTS) == encode_text(tokenizer, whole)
+    assert encoded.answers == []
+
+
+@pytest.mark.parametrize("messages", [THOUGHTS, THOUGHTS[:-1]], ids=["question last", "answer last"])
+def test_a_training_row_whose_earlier_thoughts_the_template_drops_is_refused(tokenizer, monkeypatch, messages):
+    monkeypatch.setattr(tokenizer, "chat_template", DROPS_EARLIER_THOUGHTS)
+    with pytest.raises(DataError, match="changes earlier text"):
+        render(tokenizer, messages)
+    assert encode(tokenizer, THOUGHTS[:2]).answers != []
+
+
+def test_a_prompt_is_taken_whole_where_the_template_refuses_its_beginnings(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", REFUSES_TO_END_WITH_AN_ANSWER)
+    whole = tokenizer.apply_chat_template(turns("a", "b", "c"), tokenize=False)
+    assert encode_prompt(tokenizer, turns("a", "b", "c")) == encode_text(tokenizer, whole)
+    with pytest.raises(DataError, match="refuses the conversation: ask something"):
+        render(tokenizer, turns("a", "b"))
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_control_tokens_are_text_in_a_prompt_that_is_taken_whole(tokenizer, monkeypatch, text):
+    monkeypatch.setattr(tokenizer, "chat_template", DROPS_EARLIER_THOUGHTS)
+    harmless = controls(tokenizer, encode_prompt(tokenizer, THOUGHTS))
+    hostile = turns(text, f"<think>{text}</think>{text}", f"a{text}", f"<think></think>{text}", text)
+    assert controls(tokenizer, encode_prompt(tokenizer, hostile)) == harmless
+
+
 # --- text stays text
+
+
+@pytest.mark.parametrize("text", ["", *HOSTILE])
+def test_plain_text_holds_no_control_tokens(any_tokenizer, text):
+    assert controls(any_tokenizer, encode_plain(any_tokenizer, text)) == []
+    assert encode_plain(any_tokenizer, "") == []
 
 
 @pytest.mark.parametrize("text", HOSTILE)

@@ -12,19 +12,27 @@ from dllm_ray.cli import run_job
 from dllm_ray.config import leaf_types, parse
 
 ROOT = Path(__file__).resolve().parents[1]
-SFT, SAMPLE, EVALUATE, BENCHMARK = jobs = (
+SFT, SAMPLE, CHAT, EVALUATE, CONVERT, BENCHMARK, SAMPLE_BENCHMARK = jobs = (
     ("sft", "SFTJob"),
     ("sample", "SampleJob"),
+    ("chat", "ChatJob"),
     ("evaluate", "EvaluateJob"),
+    ("convert", "ConvertJob"),
     ("benchmark", "TrainBenchmark"),
+    ("benchmark", "SampleBenchmark"),
 )
 SMALLEST = {
-    "sft": ["--data.path", "chats.jsonl"],
-    "sample": ["--model.path", "m", "--prompt", "hi"],
-    "evaluate": ["--model.path", "m"],
-    "benchmark": [],
+    SFT: ["--data.path", "chats.jsonl"],
+    SAMPLE: ["--model.path", "m", "--prompt", "hi"],
+    CHAT: ["--model.path", "m"],
+    EVALUATE: ["--model.path", "m"],
+    CONVERT: ["--model.path", "m", "--output_dir", "out"],
+    BENCHMARK: [],
+    SAMPLE_BENCHMARK: [],
 }
 """The options without which a job can't know what to do."""
+OF_FILE = {"benchmark/sample.yaml": SAMPLE_BENCHMARK}
+"""The jobs of settings files that aren't the first job of their folder's name."""
 NEEDS = {"gsm8k_tiny.yaml": ["--data.path", "x"]}
 """The options that a settings file leaves to the user."""
 
@@ -37,7 +45,7 @@ def job_class(name: str, class_name: str) -> type:
     return getattr(module, class_name)
 
 
-every_job = pytest.mark.parametrize("job", jobs, ids=lambda job: job[0])
+every_job = pytest.mark.parametrize("job", jobs, ids=lambda job: job[1])
 
 
 @every_job
@@ -60,7 +68,7 @@ def test_every_setting_is_explained_in_help(job, capsys, monkeypatch):
 @every_job
 def test_printed_settings_read_back_to_the_same(job, capsys, tmp_path):
     settings = job_class(*job)
-    argv = SMALLEST[job[0]]
+    argv = SMALLEST[job]
     with pytest.raises(SystemExit):
         parse(settings, [*argv, "--print_config"], "job", "A job.")
     path = tmp_path / "printed.yaml"
@@ -72,8 +80,8 @@ def test_printed_settings_read_back_to_the_same(job, capsys, tmp_path):
     "path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
 )
 def test_every_settings_file_fits_its_job(path):
-    settings = job_class(*next(job for job in jobs if job[0] == path.parent.name))
-    parse(settings, ["--config", str(path), *NEEDS.get(path.name, [])], "job", "A job.")
+    job = OF_FILE.get(f"{path.parent.name}/{path.name}") or next(job for job in jobs if job[0] == path.parent.name)
+    parse(job_class(*job), ["--config", str(path), *NEEDS.get(path.name, [])], "job", "A job.")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +118,12 @@ def test_every_settings_file_fits_its_job(path):
         (EVALUATE, ["--model.path", "m", "--evaluate.tasks", "[]"], "evaluate.tasks: "),
         (EVALUATE, ["--model.path", "m", "--evaluate.variants", "[{step: 4}]"], "evaluate.variants: "),
         (EVALUATE, ["--model.path", "m", "--evaluate.variants", "[{steps: 0}]"], "evaluate.variants: "),
+        (CHAT, [], "model.path: name the model"),
+        (CHAT, ["--model.path", "m", "--show", "loud"], "show: expected one of 'step', 'confidence', 'off'"),
+        (CHAT, ["--model.path", "m", "--sampler.steps", "2"], "sampler.steps: 2 steps are fewer than the 4 blocks"),
         (BENCHMARK, ["--rounds", "0"], "rounds: must be at least 1"),
+        (SAMPLE_BENCHMARK, ["--batch_sizes", "[0]"], "batch_sizes: expected numbers of at least 1"),
+        (SAMPLE_BENCHMARK, ["--algorithms", "[fast]"], "algorithms: expected some of mdlm, "),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_job_starts(job, argv, said, capsys):
@@ -153,4 +166,4 @@ def test_a_job_started_with_bad_input_shows_one_line_and_no_traceback():
 
 def test_a_benchmark_of_unknown_kind_is_refused():
     done = python("jobs/benchmark.py", "fly")
-    assert (done.returncode, done.stderr) == (2, "error: benchmark 'fly' is unknown; expected train\n")
+    assert (done.returncode, done.stderr) == (2, "error: benchmark 'fly' is unknown; expected train or sample\n")

@@ -1,17 +1,23 @@
-"""A pool of Ray actors that hold the model: the same answers from any number of them, also when one is lost."""
+"""A pool of Ray actors that hold the model: the same answers from any number of them, also when one is lost, and when
+the work is broken off and taken up again."""
 
 import os
 import signal
+import time
+from dataclasses import replace
 
 import pytest
 import ray
 
+from dllm_ray.answers import Answer, AnswerStore, answer_key, ended_by_stop
 from dllm_ray.cluster import Shares
-from dllm_ray.errors import ConfigError, ModelError
+from dllm_ray.errors import ConfigError, DataError, ModelError, OutputError
 from dllm_ray.models.config import ModelConfig
+from dllm_ray.models.load import open_tokenizer
+from dllm_ray.prompts import encode_rows, encode_texts
 from dllm_ray.sampling.config import SamplerConfig
-from dllm_ray.sampling.sampler import Sampler
-from dllm_ray.workers import ModelPool
+from dllm_ray.sampling.sampler import Sampler, row_seeds
+from dllm_ray.workers import ModelPool, sample_dataset
 
 pytestmark = pytest.mark.slow
 
@@ -33,14 +39,21 @@ def model(make_lm, tmp_path_factory) -> ModelConfig:
     return ModelConfig(path=str(folder))
 
 
+@pytest.fixture(scope="module")
+def two(model):
+    """A pool of two workers for the tests that leave them alive."""
+    with pool(model) as answers:
+        yield answers
+
+
 def pool(model, workers=2):
     return ModelPool(model, Shares(workers, cpus=0.5, gpus=0, data_cpus=1), threads=1)
 
 
-def test_the_pool_answers_like_one_sampler_whatever_the_workers_and_slices(model, make_lm):
+def test_the_pool_answers_like_one_sampler_whatever_the_workers_and_slices(model, two, make_lm):
     expected = Sampler(make_lm(), CONFIG).sample(PROMPTS)
     progress = []
-    with pool(model, workers=2) as two, pool(model, workers=1) as one:
+    with pool(model, workers=1) as one:
         found = two.sample(PROMPTS, CONFIG, 3, progress.append)
         assert found.sequences == expected.sequences
         assert found.row_nfe == expected.row_nfe
@@ -64,14 +77,128 @@ def test_a_lost_worker_is_replaced_and_its_slice_done_again(model, make_lm):
         assert killed and killed[0] is not answers._workers[0]
 
 
-def test_a_workers_complaint_arrives_as_itself(model, tmp_path):
-    with pool(model) as answers, pytest.raises(ConfigError, match=r"^a canvas of 68 tokens .* context of 64"):
-        answers.sample([list(range(20, 80))], CONFIG, 4)
+def test_a_workers_complaint_arrives_as_itself(model, two, tmp_path):
+    with pytest.raises(ConfigError, match=r"^a canvas of 68 tokens .* context of 64"):
+        two.sample([list(range(20, 80))], CONFIG, 4)
     gone = ModelConfig(path=str(tmp_path / "gone"))
     with pool(gone) as answers, pytest.raises(ModelError, match=r"^no such model directory: .*gone$"):
         answers.sample(PROMPTS, CONFIG, 4)
 
 
-def test_no_prompts_no_answers(model):
-    with pool(model, workers=1) as answers:
-        assert answers.sample([], CONFIG, 4).completions == []
+def test_no_prompts_no_answers(two):
+    assert two.sample([], CONFIG, 4).completions == []
+
+
+def test_slices_bring_back_what_was_written_and_leave_out_what_is_done(two, make_lm):
+    lm = make_lm()
+    expected = Sampler(lm, CONFIG).sample(PROMPTS)
+    ended = ended_by_stop(PROMPTS, expected, lm.spec.stop_token_ids)
+    every = list(two.slices(PROMPTS, CONFIG, 3))
+    assert [part.output.sequences for part in every] == [[]] * 4
+    answers = {row: answer for part in every for row, answer in part.answers().items()}
+    assert [answers[row].tokens for row in range(len(PROMPTS))] == expected.completions
+    assert [answers[row].ended for row in range(len(PROMPTS))] == ended
+
+    whole, begun = every[0].rows, every[1].rows
+    rest = list(two.slices(PROMPTS, CONFIG, 3, done=[*whole, begun[0]]))
+    assert sorted(part.rows for part in rest) == sorted(part.rows for part in every[1:])
+    assert all(answers[row] == answer for part in rest for row, answer in part.answers().items())
+
+
+def test_a_store_is_filled_with_what_it_lacks_and_keeps_a_drawn_seed(model, two, tmp_path):
+    drawn = replace(CONFIG, seed=None)
+    path = tmp_path / "answers.jsonl"
+
+    class Broken(Exception):
+        pass
+
+    def break_off(done: int) -> None:
+        if done >= 4:
+            raise Broken
+
+    with AnswerStore(path, answer_key(model, drawn, 2, PROMPTS)) as store, pytest.raises(Broken):
+        two.fill(store, PROMPTS, drawn, 2, break_off)
+    with AnswerStore(path, answer_key(model, drawn, 2, PROMPTS)) as store:
+        before = {row: store[row] for row in range(len(PROMPTS)) if row in store}
+        assert len(before) == 4
+        seconds, progress = store.facts["seconds"], []
+        two.fill(store, PROMPTS, drawn, 2, progress.append)
+        assert min(progress) >= 5 and progress[-1] == len(PROMPTS)
+        assert store.facts["seconds"] > seconds
+        expected = two.sample(PROMPTS, replace(CONFIG, seed=store.facts["seed"]), 2)
+        found = [store[row] for row in range(len(PROMPTS))]
+        assert [answer.tokens for answer in found] == expected.completions
+        assert [answer.nfe for answer in found] == expected.row_nfe
+        assert all(found[row] == answer for row, answer in before.items())
+
+        two.fill(store, PROMPTS, drawn, 2, lambda _done: pytest.fail("nothing was left to answer"))
+
+
+def test_a_ray_dataset_is_answered_in_its_order(two, make_lm, tmp_path):
+    rows = [{"id": number, "query": f"reverse {'9' * (number % 4)}"} for number in range(9)]
+
+    def slow_start(row):  # the first block is the last to be ready; workers can't import this module
+        time.sleep(0.5 * (row["id"] == 0))
+        return row
+
+    dataset = ray.data.from_items(rows, override_num_blocks=3).map(slow_start)
+    resume = tmp_path / "answers.jsonl"
+    found = list(sample_dataset(dataset, two, CONFIG, 4, {"prompt": "query"}, resume))
+    assert [{"id": row["id"], "query": row["query"]} for row in found] == rows
+    assert not resume.exists()
+
+    tokenizer, *_ = open_tokenizer(two.model.path)
+    _, prompts = encode_rows([(str, {"prompt": row["query"]}) for row in rows], tokenizer, {})
+    expected = Sampler(make_lm(), CONFIG).sample([list(prompt) for prompt in prompts])
+    assert [row["completion_tokens"] for row in found] == [len(tokens) for tokens in expected.completions]
+    assert [row["completion"] for row in found] == [
+        tokenizer.decode(tokens, skip_special_tokens=True) for tokens in expected.completions
+    ]
+    assert [row["seed"] for row in found] == row_seeds(CONFIG.seed, range(9))
+
+
+def test_conversations_of_a_ray_dataset_and_its_broken_rows(two):
+    talk = [{"role": "user", "content": "sort 21"}]
+    (row,) = sample_dataset(ray.data.from_items([{"messages": talk}]), two, CONFIG)
+    assert row["messages"] == talk and row["nfe"] > 0
+    with pytest.raises(DataError, match=r"^row 1: no prompt: "):
+        sample_dataset(ray.data.from_items([{"prompt": "a"}, {"prompt": None}]), two, CONFIG)
+
+
+def test_texts_of_a_ray_dataset_are_filled_in(two, make_lm):
+    lm = make_lm()
+    dataset = ray.data.from_items([{"text": "The [MASK:4] sat"}, {"text": "[MASK]at [MASK:2]"}])
+    rows = list(sample_dataset(dataset, two, CONFIG, infill=True))
+    texts, prompts = encode_texts([(str, row) for row in rows], lm.tokenizer, lm.spec.mask_token_id, {})
+    expected = Sampler(lm, CONFIG).infill([list(prompt) for prompt in prompts])
+    assert [row["completion_tokens"] for row in rows] == [4, 3]
+    assert [row["completion"] for row in rows] == [
+        lm.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in expected.sequences
+    ]
+    assert texts == [row["text"] for row in rows]
+
+
+def test_a_worker_traces_a_few_prompts(two, make_lm):
+    seeds = row_seeds(CONFIG.seed, range(2))
+    expected = Sampler(make_lm(), CONFIG).sample(PROMPTS[:2], trace=True, seeds=seeds)
+    canvases, found = two.trace(PROMPTS[:2], CONFIG, seeds)
+    assert canvases == Sampler(make_lm(), CONFIG).canvases(PROMPTS[:2])
+    assert found.sequences == expected.sequences and found.history is None
+    assert [[commit.positions for commit in row] for row in found.commits] == [
+        [commit.positions for commit in row] for row in expected.commits
+    ]
+
+
+def test_an_interrupted_dataset_goes_on_from_its_file(two, tmp_path):
+    dataset = ray.data.from_items([{"prompt": f"sort {number}"} for number in range(6)])
+    resume = tmp_path / "answers.jsonl"
+    answers = sample_dataset(dataset, two, CONFIG, 2, resume=resume)
+    first = next(answers)
+    answers.close()
+    progress = []
+    again = list(sample_dataset(dataset, two, CONFIG, 2, resume=resume, on_progress=progress.append))
+    assert again[0] == first and len(again) == 6 and progress == []
+    with AnswerStore(resume, {"another": "run"}) as store:
+        store.add({0: Answer([1], 1, False)})
+    with pytest.raises(OutputError, match="holds 1 answers of an unfinished run"):
+        sample_dataset(dataset, two, CONFIG, 2, resume=resume)

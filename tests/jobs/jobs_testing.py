@@ -1,5 +1,6 @@
 """Runs the jobs as users do: one process each, on real Ray, MLflow and files."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -32,6 +33,15 @@ TINY = {
     "sampler.block_size": "8",
     "sampler.steps": "8",
 }
+
+
+def load_job(name: str):
+    """A job's file as a module."""
+    spec = importlib.util.spec_from_file_location(f"job_{name}", ROOT / "jobs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def environment() -> dict[str, str]:

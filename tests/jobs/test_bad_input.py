@@ -1,26 +1,14 @@
 """Every mistake of a user ends with status 2 and one message that says what and where, before Ray starts."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import ray
-from jobs_testing import ROOT, TINY
+from jobs_testing import TINY, load_job
 
 from dllm_ray.cli import run_job
-
-
-def load_job(name: str):
-    """A job's file as a module."""
-    spec = importlib.util.spec_from_file_location(f"job_{name}", ROOT / "jobs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
 
 sft, sample, evaluate = load_job("sft"), load_job("sample"), load_job("evaluate")
 JOBS = {

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from jobs_testing import ROOT, environment
+from mlflow import MlflowClient
 
 
 def benchmark(*words: str) -> subprocess.CompletedProcess:
@@ -32,4 +33,30 @@ def test_three_loops_are_measured_and_compared(tmp_path):
 def test_an_unknown_benchmark_is_refused():
     done = benchmark("trian")
     assert done.returncode == 2
-    assert done.stderr == "error: benchmark 'trian' is unknown; expected train\n"
+    assert done.stderr == "error: benchmark 'trian' is unknown; expected train or sample\n"
+
+
+@pytest.mark.slow
+def test_decoding_algorithms_are_measured_beside_their_forwards(tmp_path):
+    path, folder = tmp_path / "figures.json", tmp_path / "out"
+    small = ["--prompt_tokens", "8", "--new_tokens", "8", "--block_size", "4", "--rounds", "1", "--threads", "1"]
+    small += ["--model.scratch.hidden_size", "32", "--model.scratch.num_hidden_layers", "1"]
+    record = ["--json", str(path), "--mlflow", "true", "--output_dir", str(folder)]
+    done = benchmark("sample", "--batch_sizes", "[1, 2]", *small, *record)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    named = {row["algorithm"] for row in rows}
+    assert {"mdlm", "prefix", "dual", "block"} < named
+    assert len(rows) == 2 * len(named)
+    for row in rows:
+        assert row["ratio"] > 0 and row["tokens_per_s"] > 0
+    assert next(row for row in rows if row["algorithm"] == "mdlm")["nfe"] == 8
+    assert next(row for row in rows if row["algorithm"] == "mdlm_half_steps")["tpf"] == 2
+    [run] = MlflowClient(f"sqlite:///{folder}/mlruns.db").search_runs(["1"])
+    assert run.data.metrics["benchmark/dual/batch_2/nfe"] == 8
+
+
+def test_an_unknown_algorithm_is_refused():
+    done = benchmark("sample", "--algorithms", "[mdlm, duel]")
+    assert done.returncode == 2
+    assert "algorithms: expected some of mdlm," in done.stderr and "got 'duel'" in done.stderr

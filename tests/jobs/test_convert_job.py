@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from jobs_testing import ROOT, command, environment, run
+from jobs_testing import ROOT, command, environment, load_job, run
 from safetensors.torch import load_file, save_file
-from test_bad_input import load_job
 
 from dllm_ray.cli import run_job
 from dllm_ray.models.convert import to_original

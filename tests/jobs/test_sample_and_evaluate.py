@@ -1,9 +1,16 @@
 """jobs/sample.py and jobs/evaluate.py on the tiny trained model: files, figures, and their place in MLflow."""
 
+import io
 import json
+import subprocess
+import sys
 
 import pytest
-from jobs_testing import run, runs
+from jobs_testing import ROOT, environment, load_job, run, runs
+from rich.console import Console
+
+from dllm_ray.cli import run_job
+from dllm_ray.viz import terminal
 
 pytestmark = pytest.mark.slow
 
@@ -24,6 +31,95 @@ def test_one_prompt_is_answered_and_its_denoising_shown(trained, tmp_path):
     (row,) = read_lines(tmp_path / "samples.jsonl")
     assert row["messages"] == [{"role": "user", "content": "sort 321"}]
     assert done.stdout.rstrip("\n").endswith(row["completion"])
+
+
+def in_this_process(**settings: str) -> int:
+    """Runs jobs/sample.py; dots in names of settings are written as __."""
+    job = load_job("sample")
+    argv = [word for name, value in settings.items() for word in (f"--{name.replace('__', '.')}", value)]
+    return run_job(job.SampleJob, job.main, "", argv)
+
+
+WITHOUT_RAY = """
+import runpy, sys
+sys.modules["ray"] = None  # an import of it fails
+sys.argv = ["sample.py", *sys.argv[1:]]
+runpy.run_path("jobs/sample.py", run_name="__main__")
+"""
+
+
+def test_a_single_prompt_is_answered_without_ray(make_lm, tmp_path):
+    make_lm().save(tmp_path / "model")
+    settings = {"model__path": str(tmp_path / "model"), "prompt": "sort 21", "html": str(tmp_path / "page.html")}
+    words = {"output_dir": str(tmp_path / "out")} | settings | SAMPLER
+    argv = [word for name, value in words.items() for word in (f"--{name.replace('__', '.')}", value)]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_RAY, *argv], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(read_lines(tmp_path / "out" / "samples.jsonl")) == 1 and (tmp_path / "page.html").is_file()
+
+
+def replayed(path):
+    page = path.read_text()
+    return json.loads(page.split('<script type="application/json" id="data">')[1].split("</script>")[0])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "infill", "tokens"), [("sort 321", "false", None), ("sort [MASK:3] is [MASK]", "true", 4)]
+)
+def test_on_a_terminal_denoising_is_drawn_live_and_answers_stay_the_same(
+    trained, tmp_path, monkeypatch, capsys, prompt, infill, tokens
+):
+    drawn = io.StringIO()
+    answers, pages = [], []
+    for name in ("plain", "live"):
+        if name == "live":
+            monkeypatch.setattr(terminal, "console", Console(file=drawn, force_terminal=True, width=80))
+        page = tmp_path / f"{name}.html"
+        status = in_this_process(
+            model__path=str(trained[0] / "final"),
+            output_dir=str(tmp_path / name),
+            tracking__uri=f"sqlite:///{tmp_path}/mlruns.db",
+            prompt=prompt,
+            infill=infill,
+            show=str(name == "live").lower(),
+            html=str(page),
+            sampler__temperature="1.0",
+            sampler__seed="5",
+            **SAMPLER,
+        )
+        assert status == 0
+        (row,) = read_lines(tmp_path / name / "samples.jsonl")
+        assert capsys.readouterr().out.rstrip("\n").endswith(row["completion"])
+        answers.append(row)
+        pages.append(replayed(page))
+    assert answers[0] == answers[1]
+    assert tokens is None or answers[0]["completion_tokens"] == tokens
+    assert "masks left" in drawn.getvalue() and "step " in drawn.getvalue()
+    assert pages[0] == pages[1]
+    (row,) = pages[0]["rows"]
+    assert len(row["steps"]) == answers[0]["nfe"]
+    last = runs(tmp_path, "sample")[-1]
+    assert last.data.metrics["sampler/nfe"] == answers[0]["nfe"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"prompts": "x.jsonl", "show": "true"}, "show: shows a single --prompt"),
+        ({"prompt": "a", "html": "no/such/folder/page.html"}, "html: no/such/folder/page.html is no file in a folder"),
+        ({"prompts": "[]"}, "prompts: name at least one source"),
+        ({"prompt": "no gap", "infill": "true"}, "--prompt: text has no gap: write [MASK:8]"),
+        ({"prompt": "[MASK:99]", "infill": "true"}, "prompt 1 has 99 tokens: it doesn't fit the model's context of 64"),
+    ],
+)
+def test_what_can_not_be_sampled_is_said_before_anything_is_started(trained, tmp_path, capsys, settings, said):
+    status = in_this_process(model__path=str(trained[0] / "final"), output_dir=str(tmp_path), **settings)
+    assert status == 2
+    message = capsys.readouterr().err
+    assert said in message and message.count("\n") == 1
+    assert not (tmp_path / "mlruns.db").exists()
 
 
 def test_a_file_of_prompts_is_answered_in_order_and_the_same_on_any_number_of_workers(trained, tmp_path):

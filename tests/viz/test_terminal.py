@@ -1,14 +1,19 @@
-"""What jobs draw: a line of progress, tables, and the steps of a denoising."""
+"""What jobs draw: a line of progress, tables, and a canvas while it is denoised."""
 
 import io
+import re
 import sys
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from dllm_ray.sampling.config import SamplerConfig
+from dllm_ray.sampling.engine import Commit
+from dllm_ray.sampling.sampler import Sampler
 from dllm_ray.viz import terminal
-from dllm_ray.viz.terminal import Progress, denoising, duration, table
+from dllm_ray.viz.spelling import Speller
+from dllm_ray.viz.terminal import LiveCanvas, Progress, duration, table
 
 
 @pytest.fixture
@@ -146,44 +151,6 @@ def test_a_table_shows_every_row_with_numbers_to_the_right(capsys):
     assert [name.strip() for name in header.split("┃") if name.strip()] == ["task", "score", "n"]
 
 
-# --- denoising
-
-
-@pytest.fixture
-def drawn(monkeypatch, tokenizer, make_lm):
-    """Draws a history and returns its lines, plain and with the newly written text in [brackets]."""
-
-    def draw(history, prompt_length):
-        canvas = Console(record=True, file=io.StringIO(), width=120, force_terminal=True, color_system="standard")
-        monkeypatch.setattr(terminal, "console", canvas)
-        denoising(tokenizer, make_lm("bert").spec, history, prompt_length)
-        marked = canvas.export_text(styles=True, clear=False).replace("\x1b[2m", "").replace("\x1b[1;7m", "[")
-        plain = canvas.export_text()
-        return plain.splitlines(), [_brackets(line) for line in marked.splitlines()]
-
-    return draw
-
-
-def _brackets(line: str) -> str:
-    parts = line.split("\x1b[0m")
-    return "".join(part + "]" if "[" in part else part for part in parts)
-
-
-def test_masks_ends_and_new_tokens_are_marked(drawn, tokenizer, make_lm):
-    spec = make_lm("bert").spec
-    mask, end = spec.mask_token_id, spec.eos_token_id
-    a, b = (tokenizer.convert_tokens_to_ids(letter) for letter in "ab")
-    plain, marked = drawn([[b, mask, mask, mask], [b, mask, a, mask], [b, b, a, end], [b, b, a, end]], prompt_length=1)
-    assert plain == ["step   0  ░░░", "step   1  ░a░", "step   2  ba∎", "step   3  ba∎"]
-    assert marked == ["step   0  ░░░", "step   1  ░[a]░", "step   2  [b]a[∎]", "step   3  ba∎"]
-
-
-def test_a_line_break_stays_on_its_line(drawn, tokenizer):
-    [line_break] = tokenizer.encode("\n", add_special_tokens=False)
-    plain, _ = drawn([[line_break]], prompt_length=0)
-    assert plain == ["step   0  ⏎"]
-
-
 def test_rows_with_different_keys_stay_under_their_own_headings(monkeypatch):
     page = Console(file=io.StringIO(), width=80)
     monkeypatch.setattr(terminal, "console", page)
@@ -192,3 +159,166 @@ def test_rows_with_different_keys_stay_under_their_own_headings(monkeypatch):
     heading = next(line for line in lines if "first" in line)
     other = next(line for line in lines if "2" in line)
     assert heading.index("second") <= other.index("2") < heading.index("second") + len("second")
+
+
+# --- a canvas where there is no terminal
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """A file of 40 columns in the place of a terminal."""
+    log = Console(file=io.StringIO(), width=40)
+    monkeypatch.setattr(terminal, "console", log)
+    return log.file
+
+
+def test_every_step_is_a_line_without_the_prompt(log, make_lm, tokenizer):
+    spec = make_lm("bert").spec
+    mask, end = spec.mask_token_id, spec.eos_token_id
+    a, b = (tokenizer.convert_tokens_to_ids(letter) for letter in "ab")
+    with LiveCanvas(tokenizer, spec, [b, mask, mask, mask], prompt_length=1) as live:
+        live.update(commit(0, {2: (a, 1.0)}))
+        live.update(commit(1, {1: (b, 1.0), 3: (end, 1.0)}))
+        live.update(commit(2, {}, done=True))
+    assert log.getvalue().splitlines() == ["step   0  ░░░", "step   1  ░a░", "step   2  ba∎", "step   3  ba∎"]
+
+
+def test_masks_left_at_the_end_lie_behind_the_text(log, make_lm, tokenizer):
+    spec = make_lm("bert").spec
+    [a] = ids_of(tokenizer, "a")
+    with LiveCanvas(tokenizer, spec, [spec.mask_token_id] * 3) as live:
+        live.update(commit(0, {0: (a, 1.0)}))
+        live.update(commit(1, {1: (spec.eos_token_id, 1.0)}, done=True))
+    assert log.getvalue().splitlines() == ["step   0  ░░░", "step   1  a░░", "step   2  a∎"]
+
+
+def test_a_canvas_is_one_line_however_long_and_with_line_breaks(log, make_lm, tokenizer):
+    spec = make_lm("bert").spec
+    with LiveCanvas(tokenizer, spec, ids_of(tokenizer, "\n[b]") + [spec.mask_token_id] * 300):
+        pass
+    assert log.getvalue() == f"step   0  ⏎[b]{'░' * 300}\n"
+
+
+# --- a live canvas
+
+
+@pytest.fixture
+def page(monkeypatch):
+    """A terminal of 80 columns and 10 lines that keeps what is written to it."""
+    page = Console(file=io.StringIO(), width=80, height=10, force_terminal=True, color_system="truecolor")
+    monkeypatch.setattr(terminal, "console", page)
+    return page
+
+
+def plainly(text: str) -> str:
+    """Without the codes that move a cursor or set a style."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+def left_standing(page: Console) -> list[str]:
+    """What stays on the terminal: all that comes after the last line that was taken back."""
+    return plainly(page.file.getvalue().rpartition("\x1b[2K")[2]).rstrip("\n").split("\n")
+
+
+def ids_of(tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def commit(step: int, written: dict[int, tuple[int, float]], done: bool = False) -> Commit:
+    tokens, confidences = zip(*written.values(), strict=True) if written else ((), ())
+    return Commit(0, step, list(written), list(tokens), list(confidences), done)
+
+
+@pytest.mark.parametrize("colour", ["step", "confidence"])
+def test_a_sampled_answer_stays_on_the_terminal(page, make_lm, tokenizer, colour):
+    sampler = Sampler(make_lm("bert"), SamplerConfig(max_new_tokens=12, block_size=4, steps=6, seed=1))
+    prompt = ids_of(tokenizer, "sort 21")
+    [canvas] = sampler.canvases([prompt])
+    with LiveCanvas(tokenizer, sampler.lm.spec, canvas, len(prompt), colour) as live:
+        for step in sampler.stream([prompt]):
+            live.update(step)
+    tokens = sampler.sample([prompt]).sequences[0]
+    text = "".join(Speller(tokenizer, sampler.lm.spec).spell(tokens)[len(prompt) :])
+    *answer, status = left_standing(page)
+    assert status.startswith("step 6  0 masks left") and status.endswith("tokens per forward")
+    assert "".join("\n".join(answer).split()) == "".join(text.replace("\n", "⏎").split())
+
+
+def test_tokens_are_coloured_by_step_and_edits_underlined(page, make_lm, tokenizer):
+    spec = make_lm("bert").spec
+    a, b, c = (tokenizer.convert_tokens_to_ids(letter) for letter in "abc")
+    with LiveCanvas(tokenizer, spec, [spec.mask_token_id] * 3) as live:
+        live.update(commit(0, {0: (a, 0.9), 1: (b, 0.1)}))
+        live.update(commit(1, {}))
+        live.update(commit(2, {0: (c, 0.5), 2: (a, 0.9)}, done=True))
+    final = page.file.getvalue().rpartition("\x1b[2K")[2]
+    assert "\x1b[4;38;2;225;115;30mc\x1b[0m" in final  # newest, and an edit
+    assert "\x1b[38;2;70;110;230mb\x1b[0m" in final  # oldest
+    assert left_standing(page)[0] == "cba"
+    status = left_standing(page)[-1]
+    assert status.startswith("step 3  0 masks left") and status.endswith("1.00 tokens per forward  1 edits")
+
+
+def test_tokens_are_coloured_by_confidence(page, make_lm, tokenizer):
+    spec = make_lm("bert").spec
+    a, b = (tokenizer.convert_tokens_to_ids(letter) for letter in "ab")
+    with LiveCanvas(tokenizer, spec, [spec.mask_token_id] * 2, colour="confidence") as live:
+        live.update(commit(0, {0: (a, 1.0), 1: (b, 0.0)}, done=True))
+    assert "\x1b[38;2;40;150;80ma" in page.file.getvalue()
+    assert "\x1b[38;2;220;60;60mb" in page.file.getvalue()
+
+
+def test_given_text_between_gaps_is_shown_and_the_prompt_is_not(page, make_lm, tokenizer):
+    spec = make_lm("bert").spec
+    a, b, c = (tokenizer.convert_tokens_to_ids(letter) for letter in "abc")
+    with LiveCanvas(tokenizer, spec, [a, b, spec.mask_token_id, b], prompt_length=1) as live:
+        live.update(commit(0, {2: (c, 1.0)}, done=True))
+    assert left_standing(page)[0] == "bcb"
+
+
+def test_an_answer_that_ends_early_shows_one_end_and_no_masks(page, make_lm, tokenizer):
+    spec = make_lm("bert").spec
+    [a] = ids_of(tokenizer, "a")
+    end = spec.eos_token_id
+    with LiveCanvas(tokenizer, spec, [spec.mask_token_id] * 6) as live:
+        live.update(commit(0, {0: (a, 1.0), 1: (end, 1.0), 3: (end, 1.0)}, done=True))
+    answer, status = left_standing(page)
+    assert answer == "a∎" and status.startswith("step 1  0 masks left")
+
+
+def test_a_tall_canvas_is_drawn_around_what_is_new_and_whole_at_the_end(page, make_lm, tokenizer):
+    spec = make_lm("bert").spec
+    [line_break] = ids_of(tokenizer, "\n")
+    a, b = (tokenizer.convert_tokens_to_ids(letter) for letter in "ab")
+    with LiveCanvas(tokenizer, spec, [a, line_break] * 30 + [spec.mask_token_id] + [line_break, a] * 30) as live:
+        live.update(commit(0, {60: (b, 1.0)}, done=True))
+        window = live._window().plain.split("\n")
+    assert len(window) <= 9 and "b⏎" in window and window[-1].startswith("step 1")
+    assert left_standing(page)[:-1] == ["a⏎"] * 30 + ["b⏎"] + ["a⏎"] * 29 + ["a"]
+
+
+def test_a_burst_of_steps_is_not_drawn_step_by_step(page, make_lm, tokenizer):
+    spec = make_lm("bert").spec
+    [a] = ids_of(tokenizer, "a")
+    with LiveCanvas(tokenizer, spec, [spec.mask_token_id] * 500) as live:
+        for step in range(500):
+            live.update(commit(step, {step: (a, 1.0)}, done=step == 499))
+    assert page.file.getvalue().count("masks left") < 20
+    assert "".join(left_standing(page)[:-1]) == "a" * 500
+
+
+def test_what_a_model_writes_can_not_command_the_terminal(page, make_lm, tokenizer):
+    spec = make_lm("bert").spec
+    attack = ids_of(tokenizer, "\x1b]0;title\x07[bold]")
+    with LiveCanvas(tokenizer, spec, [spec.mask_token_id] * len(attack)) as live:
+        live.update(commit(0, {index: (token, 1.0) for index, token in enumerate(attack)}, done=True))
+    assert "\x1b]" not in page.file.getvalue() and "\x07" not in page.file.getvalue()
+    assert left_standing(page)[0] == "␛]0;title␇[bold]"
+
+
+def test_an_interrupted_drawing_gives_the_terminal_back(page, make_lm, tokenizer):
+    spec = make_lm("bert").spec
+    with pytest.raises(KeyboardInterrupt), LiveCanvas(tokenizer, spec, [spec.mask_token_id] * 4):
+        raise KeyboardInterrupt
+    assert "\x1b[?25h" in page.file.getvalue()  # the cursor is back
+    assert left_standing(page) == ["░░░░", "step 0  4 masks left"]

@@ -1,0 +1,249 @@
+"""Answers: what they depend on, how they are kept while a long run is under way, and how they are told as rows.
+
+`AnswerStore` lets a run that was killed go on where it was. It is one file that only grows: what the run is (its key),
+then a line for each answer, in the order in which they are finished. A line that a kill cut short is dropped when the
+file is opened again. Who answers, in this process or on Ray, is not its business: an answer belongs to a row number.
+"""
+
+import fcntl
+import hashlib
+import json
+import secrets
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dllm_ray import chat
+from dllm_ray.config import to_dict
+from dllm_ray.errors import OutputError
+from dllm_ray.models.adapters import base_of, is_adapter
+from dllm_ray.models.config import ModelConfig
+from dllm_ray.models.spec import DiffusionSpec
+from dllm_ray.sampling.config import SamplerConfig
+from dllm_ray.sampling.sampler import SampleOutput
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was written for one prompt."""
+
+    tokens: list[int]
+    """Token ids, without the one that ended the text."""
+    nfe: int
+    """Forwards that the prompt took part in."""
+    ended: bool
+    """Whether an end-of-text token ended it; else it ran to its limit."""
+
+
+class AnswerStore:
+    """The answers of one run, by row. In memory only their places in the file are held.
+
+    Args:
+        path: the file; made when missing, else gone on with.
+        key: all that the answers depend on, as plain values.
+        fresh: throw away what an earlier run left.
+
+    Raises:
+        OutputError: the file holds answers under another key, is in use by another run, or can't be written.
+    """
+
+    def __init__(self, path: Path, key: Mapping[str, Any], fresh: bool = False):
+        self.path = path
+        self.facts: dict[str, Any] = {}
+        """What `add` and `remember` recorded beside the answers."""
+        self._places: dict[int, int] = {}  # row -> first byte of its line
+        self._file = _open(path)
+        try:
+            before = None if fresh else self._read()
+            key = json.loads(json.dumps(key))
+            changed = changes(before or {}, key)
+            if changed and self._places:
+                raise OutputError(
+                    f"{path} holds {len(self._places)} answers of an unfinished run with other settings: "
+                    f"{'; '.join(changed)}. Go on with those settings, start over with --fresh, or name another "
+                    "output_dir"
+                )
+            if changed or before is None:  # nothing to lose
+                self.facts = {}
+                self._file.truncate(0)
+                self._write([{"key": key}])
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, row: object) -> bool:
+        return row in self._places
+
+    def __getitem__(self, row: int) -> Answer:
+        self._file.seek(self._places[row])
+        entry = json.loads(self._file.readline())
+        return Answer(entry["tokens"], entry["nfe"], entry["ended"])
+
+    def add(self, answers: Mapping[int, Answer], **facts: Any) -> None:
+        """Keeps answers, and facts about the run that hold with them."""
+        entries = [{"row": row, **vars(answer)} for row, answer in answers.items()]
+        places = self._write([*entries, {"facts": facts}] if facts else entries)
+        self._places |= dict(zip(answers, places, strict=False))
+        self.facts |= facts
+
+    def remember(self, **facts: Any) -> None:
+        """Keeps facts about the run."""
+        self.add({}, **facts)
+
+    def remove(self) -> None:
+        """Deletes the file: its answers have found their place."""
+        self.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Lets other runs use the file."""
+        self._file.close()
+
+    def __enter__(self) -> "AnswerStore":
+        return self
+
+    def __exit__(self, *_error) -> None:
+        self.close()
+
+    def _read(self) -> dict[str, Any] | None:
+        """The key; answers and facts are taken in. What a kill left unfinished at the end is cut off."""
+        key, end = None, 0
+        self._file.seek(0)
+        for line in self._file:
+            try:
+                entry = json.loads(line) if line.endswith(b"\n") else {}
+            except ValueError:
+                break
+            if not isinstance(entry, dict):
+                break
+            if "key" in entry:
+                key = entry["key"]
+            elif "facts" in entry:
+                self.facts |= entry["facts"]
+            elif "row" in entry:
+                self._places[entry["row"]] = end
+            else:
+                break
+            end += len(line)
+        self._file.truncate(end)
+        return key
+
+    def _write(self, entries: list[dict]) -> list[int]:
+        """Appends a line for each entry; returns where the lines begin."""
+        lines = [json.dumps(entry, separators=(",", ":")).encode() + b"\n" for entry in entries]
+        places = []
+        try:
+            place = self._file.seek(0, 2)
+            for line in lines:
+                places.append(place)
+                place += len(line)
+            self._file.write(b"".join(lines))
+            self._file.flush()  # from here on it outlives this process
+        except OSError as error:
+            raise OutputError(f"{self.path} can't be written: {error.strerror or error}") from error
+        return places
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two keys, in words."""
+    return [
+        f"{name} was {before.get(name)!r}, is now {now.get(name)!r}"
+        for name in dict.fromkeys([*now, *before])
+        if before.get(name) != now.get(name)
+    ]
+
+
+def answer_key(
+    model: ModelConfig, config: SamplerConfig, slice_rows: int, prompts: Sequence[Sequence[int]], infill: bool = False
+) -> dict[str, Any]:
+    """All that answers depend on, for an `AnswerStore`: model and its files, settings, slices, prompts."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        ids = array("q", prompt).tobytes()
+        digest.update(len(ids).to_bytes(8, "little") + ids)
+    key = {f"model.{name}": getattr(model, name) for name in ("path", "adapter", "dtype", "quantization")}
+    for name in ("path", "adapter"):
+        folder = getattr(model, name)
+        if folder is not None:
+            key[f"files of model.{name}"] = _files_digest(folder)
+    return {
+        **key,
+        **{f"sampler.{name}": value for name, value in to_dict(config).items()},
+        "batch_size": slice_rows,
+        "infill": infill,
+        "prompts": f"{len(prompts)} of digest {digest.hexdigest()[:16]}",
+    }
+
+
+def base_seed(store: AnswerStore, config: SamplerConfig) -> int:
+    """The seed that a run's rows derive theirs from; where the settings leave it open it is drawn once and kept."""
+    if "seed" not in store.facts:
+        store.remember(seed=secrets.randbits(62) if config.seed is None else config.seed)
+    return store.facts["seed"]
+
+
+def ended_by_stop(prompts: Sequence[Sequence[int]], output: SampleOutput, stop_token_ids: Iterable[int]) -> list[bool]:
+    """Whether an end-of-text token ended each answer of a call; else it ran to its limit."""
+    stops = set(stop_token_ids)
+    return [
+        len(prompt) + len(completion) < len(sequence) and sequence[len(prompt) + len(completion)] in stops
+        for prompt, completion, sequence in zip(prompts, output.completions, output.sequences, strict=True)
+    ]
+
+
+def answer_columns(
+    tokenizer, spec: DiffusionSpec, answer: Answer, seed: int, gaps: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """An answer as columns of a row: its text, its figures, and the seed that gives it again.
+
+    Args:
+        tokenizer: of the model.
+        spec: of the model.
+        answer: what was written.
+        seed: the row's.
+        gaps: the token ids whose masks the answer fills; the text is then the whole one. None: it follows its prompt.
+    """
+    if gaps is None:
+        text = chat.decode(tokenizer, answer.tokens, spec.eot_text)
+    else:
+        written = iter(answer.tokens)
+        text = chat.decode(tokenizer, [next(written) if token == spec.mask_token_id else token for token in gaps])
+    return {
+        "completion": text,
+        "completion_tokens": len(answer.tokens),
+        "nfe": answer.nfe,
+        "tpf": len(answer.tokens) / max(answer.nfe, 1),
+        "seed": seed,
+    }
+
+
+def _open(path: Path):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b")
+    except OSError as error:
+        raise OutputError(f"{path} can't be written: {error.strerror or error}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise OutputError(f"another run is using {path}: wait for it, or name another output_dir") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
+def _files_digest(model: str) -> str:
+    """Names, sizes and times of the files of a local model; of a hub id only what it is called."""
+    folders = [model, base_of(model)] if is_adapter(model) else [model]
+    digest = hashlib.sha256(repr(folders).encode())
+    for folder in folders:
+        for file in sorted(Path(folder).rglob("*")):
+            if file.is_file() and file.suffix != ".md":
+                facts = file.stat()
+                digest.update(repr((str(file), facts.st_size, facts.st_mtime_ns)).encode())
+    return digest.hexdigest()[:16]
