@@ -4,6 +4,7 @@ Workers talk to the driver through a small actor, `_Mailbox`: metrics, validatio
 alone draws progress and writes to the tracking store, wherever the workers are.
 """
 
+import dataclasses
 import math
 import os
 import re
@@ -31,7 +32,7 @@ from dllm_ray.models.adapters import add_lora
 from dllm_ray.models.config import LoRAConfig, ModelConfig
 from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.models.load import open_model
-from dllm_ray.models.spec import IGNORE_INDEX
+from dllm_ray.models.spec import IGNORE_INDEX, DiffusionSpec
 from dllm_ray.objectives.config import ObjectiveConfig
 from dllm_ray.objectives.mdlm import MDLM, Part
 from dllm_ray.sampling.config import SamplerConfig
@@ -208,6 +209,7 @@ class _Worker:
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(task.train.threads_per_worker or max(cores // self.context.get_local_world_size(), 1))
         lm = open_model(task.model, task.tokenizer, task.seed, str(device))
+        lm.spec = with_sampler(lm.spec, task.sampler)
         if task.lora.rank is not None:
             lm = add_lora(lm, task.lora, task.seed)
         self.strategy: Strategy = wrap(lm, task.train)
@@ -344,6 +346,18 @@ class _Worker:
 def build_objective(config: ObjectiveConfig, lm: DiffusionLM) -> MDLM:
     """The objective that settings name, for a model."""
     return MDLM(lm.spec, config.schedule, config.weight, config.norm, None, config.time_epsilon, config.stratified)
+
+
+def with_sampler(spec: DiffusionSpec, config: SamplerConfig) -> DiffusionSpec:
+    """A model's spec whose default sampler settings are those it was trained beside; a seed belongs to a run."""
+    defaults = SamplerConfig()
+    chosen = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name in spec.sampler or getattr(config, field.name) != getattr(defaults, field.name)
+    }
+    chosen.pop("seed", None)
+    return dataclasses.replace(spec, sampler=dict(spec.sampler) | chosen)
 
 
 def sample_texts(lm: DiffusionLM, rows: TokenRows, count: int, config: SamplerConfig) -> list[dict[str, str]]:

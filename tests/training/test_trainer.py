@@ -1,5 +1,7 @@
 """The parts of the Ray Train wrapper that need no Ray; `tests/jobs` runs the whole."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,7 @@ from dllm_ray.errors import ConfigError
 from dllm_ray.models.spec import IGNORE_INDEX
 from dllm_ray.sampling.config import SamplerConfig
 from dllm_ray.training.config import TrainConfig
-from dllm_ray.training.trainer import _cause, sample_texts, total_steps
+from dllm_ray.training.trainer import _cause, sample_texts, total_steps, with_sampler
 
 
 @pytest.mark.parametrize(
@@ -54,3 +56,17 @@ To change retry attempts, set max_retries.
 """
     assert _cause(ours) == "rows.jsonl, line 61: not valid JSON"
     assert _cause("the process died") == "the process died"
+
+
+def test_a_trained_model_keeps_the_sampler_settings_it_was_trained_beside(make_lm):
+    spec = dataclasses.replace(make_lm().spec, sampler={"block_size": 4, "cache": "block", "policy": "entropy"})
+    config = SamplerConfig(max_new_tokens=8, block_size=32, policy="entropy", suppress_tokens=(7,), seed=3)
+    kept = with_sampler(spec, config).sampler
+    assert kept == {
+        "block_size": 32,  # back to its default, which the model's own setting would hide
+        "cache": "none",
+        "policy": "entropy",
+        "max_new_tokens": 8,
+        "suppress_tokens": (7,),
+    }
+    assert SamplerConfig(**kept) == dataclasses.replace(config, seed=None)
