@@ -209,6 +209,7 @@ class SampleBenchmark:
 def benchmark_sample(job: SampleBenchmark) -> None:
     import torch
 
+    from dllm_ray.sampling.kv_cache import keeps
     from dllm_ray.sampling.plan import Plan
     from dllm_ray.sampling.speed import measure
     from dllm_ray.viz.terminal import table
@@ -222,7 +223,7 @@ def benchmark_sample(job: SampleBenchmark) -> None:
     for algorithm in job.algorithms or ALGORITHMS:
         config = job.sampler(algorithm)
         try:
-            Plan(config, lm.spec, takes_cache=lm.layers is not None)
+            Plan(config, lm.spec, takes_cache=keeps(lm))
         except ConfigError as error:
             print(f"{algorithm}: left out: {error}", file=sys.stderr)
             continue

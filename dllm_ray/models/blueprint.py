@@ -115,7 +115,7 @@ def resolve(checkpoint: Checkpoint) -> Blueprint:
         )
     if is_decoder:
         config = as_bidirectional(config)
-        _check_layers(path, config)
+        check_layers(path, config)
     return Blueprint(path, raw, family, config, model_class, is_decoder)
 
 
@@ -170,7 +170,7 @@ def as_bidirectional(config):
     return config
 
 
-def _check_layers(path: str, config) -> None:
+def check_layers(path: str, config) -> None:
     """Makes sure that every layer of a decoder can see a whole canvas.
 
     Raises:

@@ -24,6 +24,8 @@ class _Compiled:
     """A forward, compiled where its cache, if any, has its buffers."""
 
     def __init__(self, forward: Callable[..., Any], mode: str):
+        # rows that come and go in a batch make more kinds of shapes than the 8 that are compiled by default
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         self._plain = forward
         self._compiled = torch.compile(forward, mode=mode)
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from dllm_ray.errors import ModelError, first_line
-from dllm_ray.models.blueprint import as_bidirectional, describe
+from dllm_ray.models.blueprint import as_bidirectional, check_layers, describe
 from dllm_ray.models.config import ScratchConfig
 from dllm_ray.models.lm import DiffusionLM, position_offset
 from dllm_ray.models.probe import check_bidirectional
@@ -106,4 +106,5 @@ def _create(config: ScratchConfig, tokenizer):
     native = AutoConfig.for_model(kind, **(sizes | config.extra))
     if masked:
         return AutoModelForMaskedLM.from_config(native)
+    check_layers("model.scratch", native)
     return AutoModelForCausalLM.from_config(as_bidirectional(native))

@@ -314,7 +314,6 @@ class Batch:
             "top_k": np.array([min(top_k or self._vocabulary, self._vocabulary) for _, top_k in filters]),
             "cfg_scale": np.array([config.cfg_scale for config in configs], np.float32),
             "cached": np.array([plan.cached for plan in plans]),
-            "refreshes": np.array([plan.refreshes for plan in plans]),
             "dual": np.array([config.cache == "dual" for config in configs]),
             "shift": np.array([int(plan.shift) for plan in plans]),
             "reads_before": np.array([int(plan.reads_before) for plan in plans]),

@@ -1,5 +1,6 @@
 """`SamplerConfig`: every setting of the denoising loop. Plain data."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,17 @@ LLADA2_POLICIES = ("llada2", "llada21")
 POLICIES = ("low_confidence", "random", *DREAM_POLICIES, *LLADA2_POLICIES)
 SCHEDULES = ("linear", "cosine", "dream")
 CACHES = ("none", "prefix", "dual", "block")
+
+_COUNTS = ("max_new_tokens", "max_length", "steps", "steps_per_block", "block_size", "top_k", "max_post_steps") + (
+    "num_to_transfer",
+    "minimal_topk",
+)
+_REALS = ("temperature", "top_p", "alg_temperature", "threshold", "factor", "editing_threshold", "cfg_scale") + (
+    "eos_penalty",
+)
+_TOKENS = ("cfg_keep_tokens", "suppress_tokens", "begin_suppress_tokens")
+_MOST_STEPS = 2**16
+_LARGEST = 1_000_000  # what float32 logits can be divided by, multiplied with or lowered by and still be told apart
 
 
 @dataclass
@@ -84,13 +96,12 @@ class SamplerConfig:
     shift_logits: bool | None = None
     """Read the logits one position to the left; null: as the model's spec says."""
     seed: int | None = None
-    """Seeds each row's own draws, independent of its neighbours; null draws a seed."""
+    """Seeds each row's own draws, independent of its neighbours; null draws a seed. In half precision the model's
+    rounding depends on the shape of the batch, and with it now and then a token."""
 
     def __post_init__(self):
-        self.cfg_keep_tokens = tuple(self.cfg_keep_tokens)
-        self.suppress_tokens = tuple(self.suppress_tokens)
-        self.begin_suppress_tokens = tuple(self.begin_suppress_tokens)
         self._check_choices()
+        self._check_types()
         self._check_numbers()
         self._check_combinations()
 
@@ -99,26 +110,48 @@ class SamplerConfig:
             if getattr(self, name) not in known:
                 raise ConfigError(f"expected one of {', '.join(known)}, got {getattr(self, name)!r}", name)
 
+    def _check_types(self) -> None:
+        for name in (*_COUNTS, "seed"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ConfigError(f"expected a whole number, got {value!r}", name)
+        for name in _REALS:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ConfigError(f"expected a number, got {value!r}", name)
+        for name in _TOKENS:
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Iterable):
+                raise ConfigError(f"expected a list of token ids, got {value!r}", name)
+            setattr(self, name, tuple(value))
+            if not all(isinstance(token, int) for token in value):
+                raise ConfigError(f"expected a list of token ids, got {value!r}", name)
+
     def _check_numbers(self) -> None:
-        counts = ("max_new_tokens", "max_length", "steps", "steps_per_block", "block_size", "top_k")
-        for name in (*counts, "max_post_steps", "num_to_transfer", "minimal_topk"):
+        for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"must be at least 1, got {value}", name)
+        for name in ("steps", "steps_per_block"):
+            value = getattr(self, name)
+            if value is not None and value > _MOST_STEPS:
+                raise ConfigError(f"must be at most {_MOST_STEPS:,}, got {value}", name)
         if self.max_new_tokens is None and self.max_length is None:
             raise ConfigError("set max_new_tokens or max_length", "max_new_tokens")
         for name in ("temperature", "cfg_scale", "alg_temperature"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise ConfigError(f"must be a number that is not negative, got {value}", name)
+            if value is not None and not 0 <= value <= _LARGEST:
+                raise ConfigError(f"must be a number that is not negative, and at most {_LARGEST:,}, got {value}", name)
+            if value and value < 1 / _LARGEST:
+                raise ConfigError(f"must be 0 or at least {1 / _LARGEST}, got {value}", name)
         for name in ("top_p", "threshold", "editing_threshold"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise ConfigError(f"must lie above 0 and at most at 1, got {value}", name)
         if self.factor is not None and not 0 < self.factor < float("inf"):
             raise ConfigError(f"must be a number above 0, got {self.factor}", "factor")
-        if not abs(self.eos_penalty) < float("inf"):
-            raise ConfigError(f"must be a finite number, got {self.eos_penalty}", "eos_penalty")
+        if not abs(self.eos_penalty) <= _LARGEST:
+            raise ConfigError(f"must lie between -{_LARGEST:,} and {_LARGEST:,}, got {self.eos_penalty}", "eos_penalty")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ConfigError(f"must lie between 0 and 2^63 - 1, got {self.seed}", "seed")
 

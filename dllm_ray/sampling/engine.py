@@ -13,6 +13,7 @@ that it computes, K those that it sees, V vocabulary.
 
 from collections import deque
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from dllm_ray.errors import ConfigError, ModelError
 from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.sampling.batch import Batch, Item, Row, Windows
 from dllm_ray.sampling.config import SamplerConfig
-from dllm_ray.sampling.kv_cache import CanvasCache
+from dllm_ray.sampling.kv_cache import CanvasCache, keeps
 from dllm_ray.sampling.noise import TOKEN
 from dllm_ray.sampling.plan import Plan
 from dllm_ray.sampling.proposals import Rules, guide, propose, suppress
@@ -110,10 +111,16 @@ class Engine:
                 "shorten the prompt or lower max_new_tokens"
             )
         config = row.config
-        named = (row.tokens, config.suppress_tokens, config.begin_suppress_tokens)
-        for token in (extreme(tokens) for tokens in named if tokens for extreme in (min, max)):
-            if not 0 <= token < self._vocabulary:
-                raise ConfigError(f"token {token} is outside the model's vocabulary of {self._vocabulary}")
+        for tokens in (row.tokens, config.suppress_tokens, config.begin_suppress_tokens):
+            if not all(isinstance(token, Integral) for token in tokens):
+                raise ConfigError("expected token ids, a list of whole numbers for each row")
+            for token in (min(tokens), max(tokens)) if tokens else ():
+                if not 0 <= token < self._vocabulary:
+                    raise ConfigError(f"token {token} is outside the model's vocabulary of {self._vocabulary}")
+        if len({*config.suppress_tokens, self.lm.spec.mask_token_id}) >= self._vocabulary:
+            raise ConfigError("leaves no token to write with", "suppress_tokens")
+        if not -(2**63) <= row.seed < 2**63:
+            raise ConfigError(f"a row's seed must fit 64 bits, got {row.seed}", "seed")
         plan = self._plan(config)
         if any(row.open):
             self._waiting.append((row, plan))
@@ -170,7 +177,7 @@ class Engine:
         for plan in self._plans:
             if plan.config == config:
                 return plan
-        self._plans.append(Plan(config, self.lm.spec, takes_cache=self.lm.layers is not None))
+        self._plans.append(Plan(config, self.lm.spec, takes_cache=config.cache == "none" or keeps(self.lm)))
         return self._plans[-1]
 
     def _join(self) -> None:
@@ -189,9 +196,9 @@ class Engine:
         """Room in the cache: a slot for each row, and where rows are guided, as many again for their twins."""
         if self._cache is None:
             self._cache = CanvasCache(self.lm.layers)
-            self.lm.keep_keys()
         before, had_twins = self._slots, self._has_twins
-        self._slots = max(before, len(self._batch), self.max_rows or 0)
+        if len(self._batch) > before:  # doubled, or rows that come one by one would copy what is kept each time
+            self._slots = self.max_rows or max(len(self._batch), 2 * before)
         self._has_twins = had_twins or bool((self._batch.state["cfg_scale"] > 0).any())
         self._cache.reserve(self._slots * (2 if self._has_twins else 1), self._batch.width)
         if had_twins and before < self._slots:

@@ -9,10 +9,13 @@ D head size.
 """
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from dllm_ray.models.lm import DiffusionLM, LogitsModule
 
 
 @dataclass
@@ -129,3 +132,48 @@ class _Layer(CacheLayerMixin):
 
     def get_max_cache_shape(self) -> int:
         return self._room[1] - 1
+
+
+_PROBED: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
+_WIDTH, _SHORTER, _WINDOW = 12, 9, slice(4, 8)  # of the probe: two rows, and the part that is computed again
+
+
+def keeps(lm: DiffusionLM) -> bool:
+    """Whether a model computes with kept keys and values what it computes without; measured once for each model.
+
+    Most architectures of transformers do. A few count positions by themselves, build their own masks, or attend in a
+    way of their own.
+    """
+    if lm.model not in _PROBED:
+        _PROBED[lm.model] = lm.layers is not None and _agrees(lm)
+    return _PROBED[lm.model]
+
+
+@torch.inference_mode()
+def _agrees(lm: DiffusionLM) -> bool:
+    lm.keep_keys()
+    module, device = LogitsModule(lm.model), lm.device
+    vocabulary = lm.model.get_input_embeddings().num_embeddings
+    ids = (torch.arange(2 * _WIDTH, device=device) * 7 % vocabulary).view(2, _WIDTH)
+    columns = torch.arange(_WIDTH, device=device).expand(2, -1)
+    slots, filler = torch.arange(2, device=device), torch.zeros_like(ids, dtype=torch.bool)
+    shorter = columns < torch.tensor([[_WIDTH], [_SHORTER]], device=device)
+    part = ids[:, _WINDOW].contiguous(), columns[:, _WINDOW].contiguous(), filler[:, _WINDOW]
+    tolerance = 0.01 if next(lm.model.parameters()).dtype == torch.float32 else 0.1
+    try:
+        for mask in (None, shorter):
+            expected = module(ids, None if mask is None else mask.long())
+            keys_mask = None if mask is None else mask[:, None, None]
+            cache = CanvasCache(lm.layers)
+            cache.reserve(2, _WIDTH)
+            for these, places, nothing in ((ids, columns, filler), part):
+                cache.window(slots, places, nothing, _WIDTH, everything=these is ids, first=True)
+                found = module(these, keys_mask, places, past_key_values=cache)
+                difference = (found - expected.gather(1, places.unsqueeze(2).expand_as(found))).float().abs()
+                if mask is not None:
+                    difference = difference[shorter.gather(1, places)]
+                if not bool(difference.mean() <= tolerance * expected.float().std()):
+                    return False
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError):
+        return False  # whatever else an architecture does with a mask and positions given to it
+    return True

@@ -115,7 +115,7 @@ class Plan:
         """top_p and top_k where they matter: LLaDA's and LLaDA2's greedy choice knows none, Dream's confidence does."""
         config = self.config
         unused = config.temperature == 0 and (self.confidence == PLAIN or self.by_certainty)
-        return (None, None) if unused else (config.top_p, config.top_k)
+        return (None, None) if unused else (None if config.top_p == 1 else config.top_p, config.top_k)
 
     @property
     def proposal(self) -> tuple:

@@ -16,6 +16,7 @@ its probability in the distribution it was drawn from. MARGIN: by how much the l
 leads. ENTROPY: the distribution's entropy, negated."""
 
 _RUN = 64  # tokens in a run of the vocabulary
+_NUCLEUS = 512  # tokens that hold most nuclei; sorting the whole vocabulary takes ten times the time of its head
 
 
 @dataclass
@@ -151,7 +152,10 @@ def kept(scaled_NV: Tensor, total_N: Tensor, rules: Rules) -> tuple[Tensor, Tens
         [N, K] probabilities that sum to 1, 0 where filtered out, and [N, K] token ids.
     """
     if rules.top_k_N is None:
-        values, ids = scaled_NV.sort(dim=1, descending=True)
+        values, ids = scaled_NV.topk(min(_NUCLEUS, scaled_NV.shape[1]), dim=1)
+        reached_N = (values - total_N.unsqueeze(1)).exp().sum(dim=1) > rules.top_p_N
+        if not bool(reached_N.all()):
+            values, ids = scaled_NV.sort(dim=1, descending=True)
     else:
         values, ids = scaled_NV.topk(min(int(rules.top_k_N.max()), scaled_NV.shape[1]), dim=1)
     keep = torch.ones_like(values, dtype=torch.bool)

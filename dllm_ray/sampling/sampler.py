@@ -1,5 +1,6 @@
 """`Sampler`: denoises prompts in one call, on top of the step-wise engine."""
 
+import dataclasses
 import itertools
 import secrets
 import time
@@ -15,6 +16,7 @@ from dllm_ray.sampling import uniform_noise
 from dllm_ray.sampling.batch import Row
 from dllm_ray.sampling.config import SamplerConfig
 from dllm_ray.sampling.engine import Commit, Engine
+from dllm_ray.sampling.kv_cache import keeps
 from dllm_ray.sampling.noise import mix
 from dllm_ray.sampling.plan import Plan
 
@@ -64,7 +66,7 @@ class Sampler:
 
     def __init__(self, lm: DiffusionLM, config: SamplerConfig | None = None, max_rows: int | None = None):
         self.lm = lm
-        self.config = config or SamplerConfig(**lm.spec.sampler)
+        self.config = config or _own_settings(lm)
         self.max_rows = max_rows
 
     def sample(
@@ -92,6 +94,9 @@ class Sampler:
     ) -> SampleOutput:
         """Fills the mask tokens inside each row; everything else stays. Blocks are counted from each row's start.
 
+        `steps` are divided over the blocks of the longest row of the call, so that they bound all of it; who cuts a job
+        into calls gives `steps_per_block`, which doesn't depend on the other rows.
+
         Args:
             rows: token ids with mask tokens where text is wanted. `max_new_tokens` has no effect.
             trace: as in `sample`.
@@ -100,7 +105,6 @@ class Sampler:
         Returns:
             A `SampleOutput` whose `completions` hold the written tokens of each row, in order.
         """
-        self._require_mask()
         return self._run(self._gaps(rows, seeds), trace, list)
 
     def stream(
@@ -113,6 +117,8 @@ class Sampler:
         engine = Engine(self.lm, self.max_rows, events=True)
         for row in self._rows(prompts, seeds, infill):
             engine.admit(row)
+        for row in engine.take_finished():  # nothing to write
+            yield Commit(row.row, 0, [], [], [], done=True)
         while engine.busy:
             yield from engine.step()
 
@@ -124,19 +130,25 @@ class Sampler:
 
     @property
     def _is_uniform(self) -> bool:
-        """Whether the model has no mask token and is sampled by transformers' own generation."""
-        return self.lm.spec.mask_token_id is None
+        """Whether the model's noise is drawn from the whole vocabulary: transformers' own generation samples it."""
+        return self.lm.spec.mask_token_id is None and hasattr(self.lm.model.config, "canvas_length")
 
     def _require_mask(self) -> None:
         if self._is_uniform:
             raise ModelError(f"{self.lm.spec.family} has no mask token, so nothing can be filled in: give it a prompt")
+        if self.lm.spec.mask_token_id is None:
+            raise ModelError(
+                f"this {self.lm.spec.family} has no mask token, which denoising starts from: load it as a diffusion "
+                "model (dllm_ray.load), or convert it with jobs/convert.py"
+            )
 
     def _rows(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None, infill: bool) -> list[Row]:
-        self._require_mask()
         return self._gaps(prompts, seeds) if infill else self._continuations(prompts, seeds)
 
     def _continuations(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None) -> list[Row]:
+        self._require_mask()
         plan = self._plan()
+        _check_rows(prompts)
         prompts = [list(prompt) or self._empty_prompt(plan) for prompt in prompts]
         new = self._new_tokens(prompts)
         rows = []
@@ -157,9 +169,10 @@ class Sampler:
         return rows
 
     def _plan(self) -> Plan:
-        return Plan(self.config, self.lm.spec, takes_cache=self.lm.layers is not None)
+        return Plan(self.config, self.lm.spec, takes_cache=self.config.cache == "none" or keeps(self.lm))
 
     def _new_tokens(self, prompts: Sequence[Sequence[int]]) -> int:
+        _check_rows(prompts)
         config, longest = self.config, max(map(len, prompts), default=0)
         if config.max_new_tokens is not None:
             return config.max_new_tokens
@@ -192,6 +205,8 @@ class Sampler:
         return asked or own
 
     def _gaps(self, rows: Sequence[Sequence[int]], seeds: Sequence[int] | None) -> list[Row]:
+        self._require_mask()
+        _check_rows(rows)
         plan, longest = self._plan(), max(map(len, rows), default=0)
         if self.lm.spec.grid is not None:
             block = self._grid(plan)
@@ -256,6 +271,20 @@ class Sampler:
                 raise ConfigError(f"{len(seeds)} seeds for {count} rows; expected one for each", "seeds")
             return list(seeds)
         return row_seeds(self.config.seed, range(count))
+
+
+def _check_rows(rows: Sequence[Sequence[int]]) -> None:
+    for row in rows:
+        if isinstance(row, str) or not hasattr(row, "__len__"):
+            raise ConfigError(f"expected a list of token ids for each prompt, got {row!r:.40}")
+
+
+def _own_settings(lm: DiffusionLM) -> SamplerConfig:
+    known = {field.name for field in dataclasses.fields(SamplerConfig)}
+    unknown = sorted(set(lm.spec.sampler) - known)
+    if unknown:
+        raise ModelError(f"the model's own sampler settings name {unknown[0]!r}, which is none: see SamplerConfig")
+    return SamplerConfig(**lm.spec.sampler)
 
 
 def row_seeds(seed: int | None, indices: Sequence[int]) -> list[int]:

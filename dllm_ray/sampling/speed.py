@@ -27,7 +27,7 @@ class Speed:
     ratio: float
     """The first over the second."""
     nfe: int
-    """Forwards."""
+    """Steps in which the model ran."""
     tpf: float
     """Tokens per forward."""
     tokens_per_s: float

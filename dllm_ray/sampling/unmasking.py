@@ -91,14 +91,21 @@ def even_schedule(block_size: int, steps: int) -> tuple[int, ...]:
 def rank_in_row(row_N: np.ndarray, order_N: np.ndarray) -> np.ndarray:
     """[N] place of each candidate among those of its row, the highest `order_N` first; of equals the leftmost.
 
-    Equals are common: a trained model is certain of many tokens. Taken in a fixed order they leave a row independent of
-    the rows beside it.
+    Equals are common: a trained model is certain of many tokens, and of a canvas of masks alone it says the same
+    everywhere. Taken in a fixed order they leave a row independent of the rows beside it. Their last bits are rounding
+    of the model's, which depends on the shape of the batch, and don't count.
     """
-    sorted_N = np.lexsort((-order_N, row_N))
+    sorted_N = np.lexsort((-_rounded(order_N), row_N))
     first_of_row = np.searchsorted(row_N, row_N)
     rank_N = np.empty_like(row_N)
     rank_N[sorted_N] = np.arange(len(row_N))
     return rank_N - first_of_row
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """Float32 numbers rounded to 16 significant bits."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.int32).astype(np.int64)
+    return ((bits + 0x80) & ~0xFF).astype(np.int32).view(np.float32)
 
 
 def by_threshold(confidence_N: np.ndarray, rank_N: np.ndarray, threshold: float) -> np.ndarray:

@@ -72,7 +72,7 @@ def test_further_fields_of_the_architecture_may_be_set(make_lm):
         ("llama", {"heads": 3}, "model.scratch.extra: heads is not a field of the llama config"),
         ("llama", {"num_key_value_heads": 3}, "these sizes and extra don't make a llama"),
         ("llama", {"rms_norm_eps": "small"}, "these sizes and extra don't make a llama"),
-        ("mamba", {}, "attention stays causal"),
+        ("mamba", {}, "mamba has layers of the kind linear_attention"),
         ("rwkv", {}, "attention stays causal"),
     ],
 )
@@ -109,3 +109,9 @@ def test_settings_with_a_path_open_that_model(make_lm, tmp_path):
     lm = make_lm("bert", seed=5)
     lm.save(tmp_path)
     assert torch.equal(weights(open_model(ModelConfig(path=str(tmp_path)))), weights(lm))
+
+
+def test_a_decoder_whose_window_is_narrower_than_its_context_is_refused(make_lm):
+    with pytest.raises(ModelError, match="sliding-window attention"):
+        make_lm("mistral", extra={"sliding_window": 8})
+    assert make_lm("mistral", extra={"sliding_window": None}).spec.family == "mistral"

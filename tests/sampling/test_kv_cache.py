@@ -6,10 +6,11 @@ from functools import cache
 import pytest
 import torch
 
+from dllm_ray.errors import ConfigError
 from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.sampling import Engine, Sampler, SamplerConfig
 from dllm_ray.sampling.engine import Row
-from dllm_ray.sampling.kv_cache import CanvasCache
+from dllm_ray.sampling.kv_cache import CanvasCache, keeps
 from dllm_ray.sampling.unmasking import commit_schedule
 
 PROMPTS = [[40, 41, 42, 43, 44], [50, 51], [60, 61, 62, 63, 64, 65, 66, 67]]
@@ -439,3 +440,20 @@ def test_no_cache_is_made_where_no_row_asks_for_one(sharp_lm):
         engine.admit(row)
     finish(engine)
     assert engine._cache is None
+
+
+# --- architectures
+
+
+@pytest.mark.parametrize("architecture", ["bert", "modernbert", "llama", "qwen3", "gpt2", "olmo"])
+def test_most_architectures_compute_with_kept_keys_what_they_compute_without(make_lm, architecture):
+    assert keeps(make_lm(architecture))
+
+
+@pytest.mark.parametrize("architecture", ["biogpt", "bloom", "distilbert"])
+def test_an_architecture_that_doesnt_is_found_by_measuring(make_lm, architecture):
+    """They count positions by themselves, bring a bias of their own width, or don't attend through transformers."""
+    lm = make_lm(architecture)
+    with pytest.raises(ConfigError, match="set cache none"):
+        Sampler(lm, dataclasses.replace(STEPS, cache="dual")).sample(PROMPTS)
+    assert Sampler(lm, STEPS).sample(PROMPTS).nfe == 14

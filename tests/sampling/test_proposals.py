@@ -8,6 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from dllm_ray.sampling import proposals
 from dllm_ray.sampling.proposals import (
     CHOSEN,
     ENTROPY,
@@ -385,3 +386,13 @@ def test_text_is_proposed_by_its_logits_however_far_the_mask_token_leads(kind, t
     logits = torch.tensor([[0.0, 5.0, -torch.inf, mask_logit, -torch.inf]])
     tokens, _ = propose(logits, rules_of(1, kind, temperature), MASK)
     assert tokens.item() == 1
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.999999])
+def test_a_nucleus_is_the_same_whether_the_vocabulary_is_sorted_whole(monkeypatch, top_p):
+    logits, numbers = some_logits(seed=11, rows=5), torch.linspace(0, 0.99, 5)
+    rules = Rules(CHOSEN, numbers, torch.ones(5), torch.full((5,), top_p))
+    whole = propose(logits.clone(), rules, MASK)
+    monkeypatch.setattr(proposals, "_NUCLEUS", 4)
+    for ours, theirs in zip(propose(logits.clone(), rules, MASK), whole, strict=True):
+        torch.testing.assert_close(ours, theirs)

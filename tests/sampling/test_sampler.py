@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm_ray.errors import ConfigError
+from dllm_ray.errors import ConfigError, ModelError
 from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.sampling import Sampler, SamplerConfig
 from dllm_ray.sampling.noise import ORDER, TOKEN, uniform
@@ -438,3 +438,62 @@ def test_an_empty_prompt_gets_a_left_neighbour_where_logits_are_shifted(sharp_lm
     out = Sampler(lm, SHORT).sample([[]])
     assert out.sequences == Sampler(lm, SHORT).sample([[first]]).sequences
     assert out.sequences[0][0] == first
+
+
+@pytest.mark.parametrize("prompts", [["hello"], [1, 2, 3], [[50.5]], [[[1]]]], ids=str)
+def test_prompts_that_are_no_lists_of_token_ids_are_refused(sharp_lm, prompts):
+    for method in ("sample", "infill"):
+        with pytest.raises(ConfigError, match="token ids"):
+            getattr(Sampler(sharp_lm(), SHORT), method)(prompts)
+
+
+def test_a_seed_beyond_64_bits_is_refused(sharp_lm):
+    with pytest.raises(ConfigError, match="64 bits"):
+        Sampler(sharp_lm(), SHORT).sample([[40]], seeds=[2**64])
+
+
+def test_settings_that_leave_no_token_are_refused_before_others_are_disturbed(sharp_lm):
+    lm = sharp_lm()
+    vocabulary = lm.model.get_input_embeddings().num_embeddings
+    everything = set(range(vocabulary)) - {lm.spec.mask_token_id}
+    with pytest.raises(ConfigError, match="leaves no token to write with"):
+        Sampler(lm, dataclasses.replace(SHORT, suppress_tokens=tuple(everything))).sample([[40]])
+    one = dataclasses.replace(SHORT, suppress_tokens=tuple(everything - {77}))
+    assert set(Sampler(lm, one).sample([[40]]).completions[0]) == {77}
+
+
+def test_a_model_without_a_mask_token_is_named(make_lm):
+    lm = make_lm("llama")
+    plain = DiffusionLM(lm.model, None, dataclasses.replace(lm.spec, mask_token_id=None))
+    for call in (Sampler(plain, SHORT).sample, Sampler(plain, SHORT).infill, Sampler(plain, SHORT).canvases):
+        with pytest.raises(ModelError, match="has no mask token"):
+            call([[40]])
+
+
+def test_settings_of_a_models_own_that_nobody_knows_are_named(make_lm):
+    lm = make_lm()
+    with pytest.raises(ModelError, match="'step'"):
+        Sampler(DiffusionLM(lm.model, None, dataclasses.replace(lm.spec, sampler={"step": 4})))
+
+
+def test_a_row_with_nothing_to_fill_is_done_in_a_stream_too(sharp_lm):
+    lm = sharp_lm()
+    events = list(Sampler(lm, SHORT).stream([[40, 41], [42, lm.spec.mask_token_id]], infill=True))
+    assert [(event.row, event.positions, event.done) for event in events] == [(0, [], True), (1, [1], True)]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "modernbert"])
+@pytest.mark.parametrize("cache", ["none", "dual", "block"])
+def test_a_row_that_says_the_same_everywhere_doesnt_hang_on_rounding(make_lm, architecture, cache):
+    """Of masks alone a model with rotary positions can't tell one from another; rounding could, in a batch."""
+    lm = make_lm(architecture)
+    config = SamplerConfig(max_new_tokens=12, steps=12, block_size=6, cache=cache, eos_early_stop=False)
+    alone = Sampler(lm, config).sample([[]], trace=True)
+    among = Sampler(lm, config).sample([[], [50, 51, 52], [60]], trace=True)
+    assert alone.history[0].tolist() == among.history[0].tolist()
+
+
+def test_a_nucleus_of_everything_is_none(sharp_lm):
+    warm = dataclasses.replace(SHORT, temperature=1.0, seed=5)
+    plain = Sampler(sharp_lm(), warm).sample(PROMPTS)
+    assert Sampler(sharp_lm(), dataclasses.replace(warm, top_p=1.0)).sample(PROMPTS).sequences == plain.sequences

@@ -162,3 +162,29 @@ def test_the_blocks_hold_the_answer_and_share_the_steps(new, size, steps):
 def test_steps_per_block_need_no_steps_for_all():
     config = SamplerConfig(max_new_tokens=20, block_size=2, steps=1, steps_per_block=3)
     assert config.blocks() == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"temperature": "0.3"}, "temperature"),
+        ({"steps": 12.0}, "steps"),
+        ({"block_size": True}, "block_size"),
+        ({"suppress_tokens": 5}, "suppress_tokens"),
+        ({"suppress_tokens": "5"}, "suppress_tokens"),
+        ({"cfg_keep_tokens": [1.5]}, "cfg_keep_tokens"),
+        ({"seed": 1.0}, "seed"),
+        ({"steps": 10**9}, "steps"),
+        ({"steps_per_block": 10**9}, "steps_per_block"),
+        ({"temperature": 1e-40}, "temperature"),
+        ({"temperature": 1e39}, "temperature"),
+        ({"cfg_scale": 3e38}, "cfg_scale"),
+        ({"eos_penalty": -1e39}, "eos_penalty"),
+        ({"eos_penalty": float("nan")}, "eos_penalty"),
+    ],
+    ids=str,
+)
+def test_values_that_no_model_could_use_are_refused_by_name(settings, field):
+    with pytest.raises(ConfigError) as caught:
+        SamplerConfig(**settings)
+    assert caught.value.field == field
