@@ -3,6 +3,7 @@
 The client API is used throughout, so nothing depends on a global "active run", and several runs can be open at once.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -164,14 +165,15 @@ def _open(uri: str, experiment: str):
     before = {name: os.environ.get(name) for name in patience}
     os.environ |= {name: value for name, value in patience.items() if before[name] is None}
     try:
-        client = MlflowClient(tracking_uri=uri)
-        found = client.get_experiment_by_name(experiment)
-        if found is not None:
-            return client, found.experiment_id
-        artifacts = None
-        if uri.startswith(_SQLITE):  # beside the database, wherever the job was started
-            artifacts = (Path(uri.removeprefix(_SQLITE)).resolve().parent / "mlartifacts").as_uri()
-        return client, client.create_experiment(experiment, artifact_location=artifacts)
+        with _one_at_a_time(uri):
+            client = MlflowClient(tracking_uri=uri)
+            found = client.get_experiment_by_name(experiment)
+            if found is not None:
+                return client, found.experiment_id
+            artifacts = None
+            if uri.startswith(_SQLITE):  # beside the database, wherever the job was started
+                artifacts = (Path(uri.removeprefix(_SQLITE)).resolve().parent / "mlartifacts").as_uri()
+            return client, client.create_experiment(experiment, artifact_location=artifacts)
     except (MlflowException, OSError) as error:
         raise _unusable(uri, error) from error
     except DllmRayError:
@@ -182,6 +184,21 @@ def _open(uri: str, experiment: str):
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
+
+
+@contextmanager
+def _one_at_a_time(uri: str) -> Iterator[None]:
+    """Keeps others out while a database file is made: two that make its tables at once would both fail."""
+    if not uri.startswith(_SQLITE):
+        yield
+        return
+    folder = os.open(Path(uri.removeprefix(_SQLITE)).resolve().parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _unusable(uri: str, error: Exception) -> OutputError:

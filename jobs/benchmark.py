@@ -62,6 +62,12 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 """What sets each algorithm apart; one step for each token otherwise."""
 
 
+def check_file(name: str | None, field: str) -> None:
+    """Makes sure, before anything is measured, that figures can be written to a file."""
+    if name is not None and (not Path(name).name or Path(name).is_dir() or not Path(name).absolute().parent.is_dir()):
+        raise ConfigError(f"{name!r} can't be written: expected a file in a folder that is there", field)
+
+
 @dataclass
 class TrainBenchmark:
     """Settings of jobs/benchmark.py train."""
@@ -90,6 +96,7 @@ class TrainBenchmark:
         for name in ("rounds", "steps", "warmup_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, got {getattr(self, name)}", name)
+        check_file(self.json, "json")
         self.train = replace(
             self.train,
             workers=1,
@@ -167,7 +174,7 @@ class SampleBenchmark:
     rounds: int = 3
     """How often the sampler and its forwards take turns; the fastest counts."""
     threads: int | None = None
-    """torch threads on a CPU; null: all cores."""
+    """torch threads on a CPU; null: as many as torch takes (OMP_NUM_THREADS, or all cores)."""
     json: str | None = None
     """File to write the figures to."""
     mlflow: bool = False
@@ -189,6 +196,9 @@ class SampleBenchmark:
                 raise ConfigError(f"must be at least 1, got {value}", name)
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ConfigError(f"expected numbers of at least 1, got {self.batch_sizes}", "batch_sizes")
+        if self.algorithms == []:
+            raise ConfigError(f"expected some of {', '.join(ALGORITHMS)}, got none", "algorithms")
+        check_file(self.json, "json")
         for name in self.algorithms or ():
             if name not in ALGORITHMS:
                 raise ConfigError(f"expected some of {', '.join(ALGORITHMS)}, got {name!r}", "algorithms")
@@ -214,13 +224,17 @@ def benchmark_sample(job: SampleBenchmark) -> None:
     from dllm_ray.sampling.speed import measure
     from dllm_ray.viz.terminal import table
 
-    threads = job.threads or os.cpu_count()
-    torch.set_num_threads(threads)
+    output_dir = writable_folder(job.output_dir) if job.mlflow else None
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
     lm = _model_to_sample(job)
     source = torch.Generator().manual_seed(job.seed)
-    vocabulary = lm.model.get_input_embeddings().num_embeddings
+    special = {lm.spec.mask_token_id, lm.spec.pad_token_id, *lm.spec.stop_token_ids}
+    words = torch.tensor(
+        [token for token in range(lm.model.get_input_embeddings().num_embeddings) if token not in special]
+    )
     rows = []
-    for algorithm in job.algorithms or ALGORITHMS:
+    for algorithm in ALGORITHMS if job.algorithms is None else job.algorithms:
         config = job.sampler(algorithm)
         try:
             Plan(config, lm.spec, takes_cache=keeps(lm))
@@ -228,17 +242,17 @@ def benchmark_sample(job: SampleBenchmark) -> None:
             print(f"{algorithm}: left out: {error}", file=sys.stderr)
             continue
         for size in job.batch_sizes:
-            prompts = torch.randint(vocabulary, (size, job.prompt_tokens), generator=source).tolist()
+            prompts = words[torch.randint(len(words), (size, job.prompt_tokens), generator=source)].tolist()
             speed = measure(lm, config, prompts, job.rounds)
             rows.append({"algorithm": algorithm, "batch": size, **asdict(speed)})
             print(f"{algorithm}, batch {size}: {speed.ratio:.3f} times its forwards", file=sys.stderr)
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{threads} CPU threads"
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     table(f"sampling {job.new_tokens} tokens on {where}, {job.model.dtype}", rows)
     if job.json:
         with complete_file(Path(job.json)) as file:
             json.dump({"where": where, "settings": to_dict(job), "rows": rows}, file, indent=2)
-    if job.mlflow:
-        _log(job, rows)
+    if output_dir is not None:
+        _log(job, output_dir, rows)
 
 
 def _model_to_sample(job: SampleBenchmark):
@@ -254,11 +268,11 @@ def _model_to_sample(job: SampleBenchmark):
     return load.open_model(replace(job.model, scratch=scratch), tokenizer, job.seed, _device())
 
 
-def _log(job: SampleBenchmark, rows: list[dict[str, Any]]) -> None:
+def _log(job: SampleBenchmark, output_dir: Path, rows: list[dict[str, Any]]) -> None:
     from dllm_ray import tracking
 
     tags = {"dllm_ray.model": job.model.path or job.model.scratch.architecture}
-    with tracking.start("benchmark", to_dict(job), writable_folder(job.output_dir), job.tracking, tags) as run:
+    with tracking.start("benchmark", to_dict(job), output_dir, job.tracking, tags) as run:
         for row in rows:
             place = f"benchmark/{row['algorithm']}/batch_{row['batch']}"
             run.log({f"{place}/{name}": row[name] for name in ("ratio", "tokens_per_s", "tpf", "nfe")})

@@ -1,6 +1,8 @@
 """MLflow on SQLite: what a run records, and how it ends."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ from mlflow import MlflowClient
 from dllm_ray import tracking
 from dllm_ray.errors import DataError, OutputError
 from dllm_ray.tracking import TrackingConfig
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +153,29 @@ def test_a_server_that_can_not_be_reached_is_named_without_its_password(tmp_path
 def test_the_ui_is_named_by_command_or_address():
     assert tracking.ui_command("sqlite:////a/mlruns.db") == "mlflow ui --backend-store-uri sqlite:////a/mlruns.db"
     assert tracking.ui_command("http://host:5000") == "http://host:5000"
+
+
+BEGIN = """
+import sys, time
+from pathlib import Path
+import mlflow.store.tracking.sqlalchemy_store  # the slow part, so that all begin at once
+from dllm_ray import tracking
+print("ready", flush=True)
+sys.stdin.readline()
+with tracking.start("sample", {}, Path(sys.argv[1]), tracking.TrackingConfig(), {}) as run:
+    print(run.run_id)
+"""
+
+
+def test_runs_that_begin_together_share_a_new_database(tmp_path):
+    command = [sys.executable, "-c", BEGIN, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **pipes, cwd=ROOT) for _ in range(3)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    found = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert len(set(found)) == 3

@@ -111,7 +111,7 @@ class Engine:
                 "shorten the prompt or lower max_new_tokens"
             )
         config = row.config
-        for tokens in (row.tokens, config.suppress_tokens, config.begin_suppress_tokens):
+        for tokens in (row.tokens, config.suppress_tokens, config.begin_suppress_tokens, config.cfg_keep_tokens):
             if not all(isinstance(token, Integral) for token in tokens):
                 raise ConfigError("expected token ids, a list of whole numbers for each row")
             for token in (min(tokens), max(tokens)) if tokens else ():

@@ -29,9 +29,9 @@ class Speed:
     nfe: int
     """Steps in which the model ran."""
     tpf: float
-    """Tokens per forward."""
+    """Tokens written per step and row, those after an end of text included."""
     tokens_per_s: float
-    """Tokens of all rows per second."""
+    """Tokens written per second, over all rows."""
 
 
 def measure(lm: DiffusionLM, config: SamplerConfig, prompts: Sequence[Sequence[int]], rounds: int = 3) -> Speed:
@@ -52,14 +52,15 @@ def measure(lm: DiffusionLM, config: SamplerConfig, prompts: Sequence[Sequence[i
         _wait(lm)
         walls.append(time.perf_counter() - began)
         bares.append(_replay(lm, _record(lm, sampler, prompts)))
+    tokens = sum(map(len, output.sequences)) - sum(map(len, prompts))
     wall, bare = min(walls[1:]), min(bares[1:])
     return Speed(
         seconds=wall,
         forward_seconds=bare,
         ratio=wall / bare,
         nfe=output.nfe,
-        tpf=output.tpf,
-        tokens_per_s=sum(map(len, output.completions)) / wall,
+        tpf=tokens / sum(output.row_nfe),
+        tokens_per_s=tokens / wall,
     )
 
 

@@ -60,3 +60,17 @@ def test_an_unknown_algorithm_is_refused():
     done = benchmark("sample", "--algorithms", "[mdlm, duel]")
     assert done.returncode == 2
     assert "algorithms: expected some of mdlm," in done.stderr and "got 'duel'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("sample", "--json", "nowhere/figures.json"), "json: 'nowhere/figures.json' can't be written"),
+        (("train", "--json", "."), "json: '.' can't be written"),
+        (("sample", "--algorithms", "[]"), "algorithms: expected some of mdlm,"),
+    ],
+)
+def test_what_would_be_found_wrong_after_measuring_is_refused_before(words, said):
+    done = benchmark(*words)
+    assert done.returncode == 2
+    assert said in done.stderr and "Traceback" not in done.stderr
