@@ -21,6 +21,9 @@ from dllm_ray.sampling.noise import mix
 from dllm_ray.sampling.plan import Plan
 
 
+OnCommit = Callable[[Commit], None]
+
+
 @dataclass
 class SampleOutput:
     """What a call of the sampler made, in the order of its inputs."""
@@ -70,7 +73,11 @@ class Sampler:
         self.max_rows = max_rows
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], trace: bool = False, seeds: Sequence[int] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        trace: bool = False,
+        seeds: Sequence[int] | None = None,
+        on_commit: OnCommit | None = None,
     ) -> SampleOutput:
         """Continues each prompt with `max_new_tokens` tokens.
 
@@ -78,19 +85,27 @@ class Sampler:
             prompts: token ids; lengths may differ. A mask token in a prompt is text like any other.
             trace: keep every row's canvas after each step (`history`).
             seeds: one for each prompt; None: derived from `config.seed` and the prompt's place in the call.
+            on_commit: called with what each step wrote on each row, as it happens.
 
         Raises:
             ConfigError: a prompt and its answer don't fit the model's context, or steps are fewer than blocks.
         """
         if self._is_uniform:
             began = time.perf_counter()
-            parts = uniform_noise.generate(self.lm, self.config, prompts, self._seeds(len(prompts), seeds), trace)
+            seeds = self._seeds(len(prompts), seeds)
+            parts = uniform_noise.generate(self.lm, self.config, prompts, seeds, trace, on_commit)
             return SampleOutput(**vars(parts), seconds=time.perf_counter() - began)
         new = self._new_tokens(prompts)
-        return self._run(self._continuations(prompts, seeds), trace, lambda tokens: self._until_stop(tokens[:new]))
+        return self._run(
+            self._continuations(prompts, seeds), trace, on_commit, lambda tokens: self._until_stop(tokens[:new])
+        )
 
     def infill(
-        self, rows: Sequence[Sequence[int]], trace: bool = False, seeds: Sequence[int] | None = None
+        self,
+        rows: Sequence[Sequence[int]],
+        trace: bool = False,
+        seeds: Sequence[int] | None = None,
+        on_commit: OnCommit | None = None,
     ) -> SampleOutput:
         """Fills the mask tokens inside each row; everything else stays. Blocks are counted from each row's start.
 
@@ -101,11 +116,12 @@ class Sampler:
             rows: token ids with mask tokens where text is wanted. `max_new_tokens` has no effect.
             trace: as in `sample`.
             seeds: as in `sample`.
+            on_commit: as in `sample`.
 
         Returns:
             A `SampleOutput` whose `completions` hold the written tokens of each row, in order.
         """
-        return self._run(self._gaps(rows, seeds), trace, list)
+        return self._run(self._gaps(rows, seeds), trace, on_commit, list)
 
     def stream(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None = None, infill: bool = False
@@ -230,15 +246,19 @@ class Sampler:
             for key, (tokens, seed) in enumerate(zip(rows, self._seeds(len(rows), seeds), strict=True))
         ]
 
-    def _run(self, rows: list[Row], trace: bool, trim: Callable[[list[int]], list[int]]) -> SampleOutput:
+    def _run(
+        self, rows: list[Row], trace: bool, on_commit: OnCommit | None, trim: Callable[[list[int]], list[int]]
+    ) -> SampleOutput:
         began = time.perf_counter()
-        engine = Engine(self.lm, self.max_rows, trace=trace, events=trace)
+        engine = Engine(self.lm, self.max_rows, trace=trace, events=trace or on_commit is not None)
         commits: dict[int, list[Commit]] = {row.key: [] for row in rows}
         for row in rows:
             engine.admit(row)
         while engine.busy:
             for commit in engine.step():
                 commits[commit.row].append(commit)
+                if on_commit is not None:
+                    on_commit(commit)
         finished = {item.row: item for item in engine.take_finished()}
         done = [finished[row.key] for row in rows]
         return SampleOutput(

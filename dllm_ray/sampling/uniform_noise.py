@@ -58,6 +58,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int],
     trace: bool = False,
+    on_commit: Callable[[Commit], None] | None = None,
 ) -> Generated:
     """Continues each prompt with `max_new_tokens` tokens.
 
@@ -71,6 +72,7 @@ def generate(
         prompts: token ids; lengths may differ. An empty one becomes the beginning-of-text token.
         seeds: one for each prompt.
         trace: keep what every step showed and changed.
+        on_commit: called with what each step changed, as it happens.
 
     Raises:
         ConfigError: a setting that has no meaning here, or a prompt and its canvases don't fit the model's context.
@@ -78,7 +80,14 @@ def generate(
     """
     rows = _rows(lm, config, prompts, seeds)
     commits: list[list[Commit]] = [[] for _ in rows]
-    done = [_denoise(lm, config, row, commits[row.key].append if trace else _ignore) for row in rows]
+
+    def note(commit: Commit) -> None:
+        commits[commit.row].append(commit)
+        if on_commit is not None:
+            on_commit(commit)
+
+    watched = trace or on_commit is not None
+    done = [_denoise(lm, config, row, note if watched else _ignore) for row in rows]
     return Generated(
         sequences=[tokens for tokens, _ in done],
         completions=[

@@ -497,3 +497,16 @@ def test_a_nucleus_of_everything_is_none(sharp_lm):
     warm = dataclasses.replace(SHORT, temperature=1.0, seed=5)
     plain = Sampler(sharp_lm(), warm).sample(PROMPTS)
     assert Sampler(sharp_lm(), dataclasses.replace(warm, top_p=1.0)).sample(PROMPTS).sequences == plain.sequences
+
+
+@pytest.mark.parametrize("infill", [False, True])
+def test_commits_are_told_as_they_happen(sharp_lm, infill):
+    lm = sharp_lm()
+    mask = lm.spec.mask_token_id
+    prompts = [[40, mask, 41, mask], [50, 51, mask]] if infill else PROMPTS
+    method = Sampler(lm, SHORT).infill if infill else Sampler(lm, SHORT).sample
+    told = []
+    out = method(prompts, trace=True, on_commit=told.append)
+    assert told == list(Sampler(lm, SHORT).stream(prompts, infill=infill))
+    assert [[commit for commit in told if commit.row == row] for row in range(len(prompts))] == out.commits
+    assert method(prompts, on_commit=told.append).commits is None
