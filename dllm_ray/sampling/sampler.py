@@ -20,7 +20,6 @@ from dllm_ray.sampling.kv_cache import keeps
 from dllm_ray.sampling.noise import mix
 from dllm_ray.sampling.plan import Plan
 
-
 OnCommit = Callable[[Commit], None]
 
 
