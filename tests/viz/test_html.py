@@ -292,7 +292,7 @@ def test_the_page_goes_step_by_step_and_plays(edited, tokenizer):
 @pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="needs the Python package playwright")
 @pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM}")
 def test_a_browser_plays_it(edited, tokenizer, tmp_path):
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
     spec, row = edited
     path = tmp_path / "page.html"
@@ -319,7 +319,7 @@ def test_a_browser_plays_it(edited, tokenizer, tmp_path):
         assert "before: token" in page.text_content("#info")
         page.select_option("#colour", "confidence")
         page.click("#play")
-        page.wait_for_function("document.getElementById('step').textContent === '3 / 3'")
+        expect(page.locator("#step")).to_have_text("3 / 3")
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         browser.close()
     assert errors == [] and requests == [path.as_uri()]
