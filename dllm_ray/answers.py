@@ -8,21 +8,29 @@ file is opened again. Who answers, in this process or on Ray, is not its busines
 import fcntl
 import hashlib
 import json
+import os
 import secrets
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dllm_ray import chat
 from dllm_ray.config import to_dict
-from dllm_ray.errors import OutputError
+from dllm_ray.errors import DataError, OutputError
 from dllm_ray.models.adapters import base_of, is_adapter
 from dllm_ray.models.config import ModelConfig
 from dllm_ray.models.spec import DiffusionSpec
 from dllm_ray.sampling.config import SamplerConfig
 from dllm_ray.sampling.sampler import SampleOutput
+
+ANSWER_COLUMNS = ("completion", "completion_tokens", "nfe", "tpf", "seed")
+"""What `answer_columns` tells."""
+
+_BEGINNING = b'{"key":{'  # of the file of a store
+_TRIES = 100  # to open a file that others remove
 
 
 @dataclass(frozen=True)
@@ -44,33 +52,46 @@ class AnswerStore:
         path: the file; made when missing, else gone on with.
         key: all that the answers depend on, as plain values.
         fresh: throw away what an earlier run left.
+        otherwise: what a user can do who doesn't want what the file holds.
 
     Raises:
-        OutputError: the file holds answers under another key, is in use by another run, or can't be written.
+        OutputError: the file holds answers under another key or something else, is in use by another run, or can't be
+            written.
     """
 
-    def __init__(self, path: Path, key: Mapping[str, Any], fresh: bool = False):
+    def __init__(
+        self,
+        path: Path,
+        key: Mapping[str, Any],
+        fresh: bool = False,
+        otherwise: str = "delete it, or name another file",
+    ):
         self.path = path
         self.facts: dict[str, Any] = {}
         """What `add` and `remember` recorded beside the answers."""
         self._places: dict[int, int] = {}  # row -> first byte of its line
         self._file = _open(path)
+        self._reader = None
         try:
-            before = None if fresh else self._read()
+            before = None if fresh else self._read(otherwise)
             key = json.loads(json.dumps(key))
             changed = changes(before or {}, key)
             if changed and self._places:
                 raise OutputError(
                     f"{path} holds {len(self._places)} answers of an unfinished run with other settings: "
-                    f"{'; '.join(changed)}. Go on with those settings, start over with --fresh, or name another "
-                    "output_dir"
+                    f"{'; '.join(changed)}. Go on with those settings, {otherwise}"
                 )
             if changed or before is None:  # nothing to lose
                 self.facts = {}
                 self._file.truncate(0)
                 self._write([{"key": key}])
+            # opened when the file only grows from here on: what it reads ahead stays true
+            self._reader = path.open("rb")
+        except OSError as error:
+            self.close()
+            raise OutputError(f"{path} can't be used: {error.strerror or error}") from error
         except BaseException:
-            self._file.close()
+            self.close()
             raise
 
     def __len__(self) -> int:
@@ -80,12 +101,16 @@ class AnswerStore:
         return row in self._places
 
     def __getitem__(self, row: int) -> Answer:
-        self._file.seek(self._places[row])
-        entry = json.loads(self._file.readline())
+        self._reader.seek(self._places[row])
+        entry = json.loads(self._reader.readline())
         return Answer(entry["tokens"], entry["nfe"], entry["ended"])
 
     def add(self, answers: Mapping[int, Answer], **facts: Any) -> None:
-        """Keeps answers, and facts about the run that hold with them."""
+        """Keeps answers, and facts about the run that hold with them.
+
+        Raises:
+            OutputError: the file can't be written; it holds what it held before.
+        """
         entries = [{"row": row, **vars(answer)} for row, answer in answers.items()]
         places = self._write([*entries, {"facts": facts}] if facts else entries)
         self._places |= dict(zip(answers, places, strict=False))
@@ -101,6 +126,8 @@ class AnswerStore:
 
     def close(self) -> None:
         """Lets other runs use the file."""
+        if self._reader is not None:
+            self._reader.close()
         self._file.close()
 
     def __enter__(self) -> "AnswerStore":
@@ -109,18 +136,32 @@ class AnswerStore:
     def __exit__(self, *_error) -> None:
         self.close()
 
-    def _read(self) -> dict[str, Any] | None:
+    def _read(self, otherwise: str) -> dict[str, Any] | None:
         """The key; answers and facts are taken in. What a kill left unfinished at the end is cut off."""
+        with self.path.open("rb") as file:
+            key, end = self._take(file)
+            if key is None:
+                file.seek(0)
+                first = file.readline()
+                # a kill leaves the beginning of our first line, or nothing
+                if first.endswith(b"\n") or first[: len(_BEGINNING)] != _BEGINNING[: len(first)]:
+                    raise OutputError(f"{self.path} is damaged, or no file of answers: {otherwise}")
+        self._file.truncate(end)
+        return key
+
+    def _take(self, lines: Iterable[bytes]) -> tuple[dict[str, Any] | None, int]:
+        """Takes in whole lines; returns the key, and where the last of them ends."""
         key, end = None, 0
-        self._file.seek(0)
-        for line in self._file:
+        for line in lines:
             try:
                 entry = json.loads(line) if line.endswith(b"\n") else {}
             except ValueError:
                 break
             if not isinstance(entry, dict):
                 break
-            if "key" in entry:
+            if key is None:
+                if not isinstance(entry.get("key"), dict):
+                    break
                 key = entry["key"]
             elif "facts" in entry:
                 self.facts |= entry["facts"]
@@ -129,21 +170,23 @@ class AnswerStore:
             else:
                 break
             end += len(line)
-        self._file.truncate(end)
-        return key
+        return key, end
 
     def _write(self, entries: list[dict]) -> list[int]:
         """Appends a line for each entry; returns where the lines begin."""
         lines = [json.dumps(entry, separators=(",", ":")).encode() + b"\n" for entry in entries]
         places = []
+        start = end = self._file.seek(0, os.SEEK_END)
+        for line in lines:
+            places.append(end)
+            end += len(line)
+        left = memoryview(b"".join(lines))
         try:
-            place = self._file.seek(0, 2)
-            for line in lines:
-                places.append(place)
-                place += len(line)
-            self._file.write(b"".join(lines))
-            self._file.flush()  # from here on it outlives this process
+            while left:
+                left = left[self._file.write(left) :]  # what is written outlives this process
         except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(start)  # lines that follow later must not follow half a line
             raise OutputError(f"{self.path} can't be written: {error.strerror or error}") from error
         return places
 
@@ -195,6 +238,23 @@ def ended_by_stop(prompts: Sequence[Sequence[int]], output: SampleOutput, stop_t
     ]
 
 
+def require_free_columns(where: Callable[[], str], row: Mapping[str, Any]) -> None:
+    """Makes sure that a row has room for the columns of its answer.
+
+    Args:
+        where: says where the row is from.
+        row: its own columns.
+
+    Raises:
+        DataError: it has one that is called the same.
+    """
+    for name in ANSWER_COLUMNS:
+        if name in row:
+            raise DataError(
+                f"{where()}: its column {name!r} is called like one of the answer's: rename it or leave it out"
+            )
+
+
 def answer_columns(
     tokenizer, spec: DiffusionSpec, answer: Answer, seed: int, gaps: Sequence[int] | None = None
 ) -> dict[str, Any]:
@@ -222,19 +282,25 @@ def answer_columns(
 
 
 def _open(path: Path):
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+b")
-    except OSError as error:
-        raise OutputError(f"{path} can't be written: {error.strerror or error}") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise OutputError(f"another run is using {path}: wait for it, or name another output_dir") from None
-    except OSError:
-        pass  # a file system without locks
-    return file
+    """The file, locked. Nothing is buffered: what can't be written is told where it is written, and only there."""
+    for _ in range(_TRIES):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+b", buffering=0)
+        except OSError as error:
+            raise OutputError(f"{path} can't be written: {error.strerror or error}") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise OutputError(f"another run is using {path}: wait for it, or name another place") from None
+        except OSError:
+            pass  # a file system without locks
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # the run that had the lock removed it in between
+    raise OutputError(f"{path} goes away whenever it is opened: name another place")
 
 
 def _files_digest(model: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from dllm_ray.config import parse
 from dllm_ray.errors import DllmRayError
+from dllm_ray.output import printable
 
 T = TypeVar("T")
 
@@ -36,13 +37,17 @@ def run_job(job: type[T], main: Callable[[T], None], description: str, argv: lis
         argv = sys.argv[1:] if argv is None else argv
         main(parse(job, argv, f"python jobs/{Path(sys.argv[0]).name}", description, {"sampler": _sampler_of_the_model}))
     except DllmRayError as error:
-        message = f"error: {error}".encode(errors="backslashreplace").decode()  # it may quote broken Unicode
-        print(message, file=sys.stderr)
+        print_error(error)
         return error.exit_status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def print_error(error: DllmRayError) -> None:
+    """Tells the user. What a message quotes may be broken Unicode, or try to command the terminal."""
+    print(printable(f"error: {error}").encode(errors="backslashreplace").decode(), file=sys.stderr)
 
 
 def _sampler_of_the_model(given: Mapping[str, Any]) -> dict[str, Any]:

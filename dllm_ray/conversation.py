@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from dllm_ray import chat, infilling
 from dllm_ray.config import read, to_dict
 from dllm_ray.errors import ConfigError, DataError, OutputError
+from dllm_ray.output import printable
 from dllm_ray.sampling.config import SamplerConfig
 
 if TYPE_CHECKING:
@@ -109,8 +110,6 @@ class Conversation:
     # --- answers
 
     def _answer(self, text: str) -> None:
-        from dllm_ray.viz.spelling import printable
-
         tokenizer, spec = self.lm.tokenizer, self.lm.spec
         if infilling.has_gaps(text):
             output = self._denoise(infilling.encode_gaps(tokenizer, spec.mask_token_id, text), infill=True)
@@ -248,4 +247,14 @@ def is_interactive() -> bool:
 def _file(name: str, command: str) -> Path:
     if not name:
         raise ConfigError("name a file", command)
-    return Path(name).expanduser()
+    if "\0" in name:
+        raise ConfigError("the name of a file can't hold a NUL", command)
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder: name a file in it")
+    except RuntimeError:
+        raise ConfigError(f"there is no home folder {name.partition('/')[0]}", command) from None
+    except OSError as error:
+        raise OutputError(f"{name} can't be written: {error.strerror or error}") from None
+    return path

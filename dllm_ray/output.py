@@ -1,14 +1,31 @@
-"""Writing results: folders that can be written, files and directories that are complete or not there."""
+"""Writing results: folders that can be written, files and directories that are complete or not there, harmless text."""
 
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 from dllm_ray.errors import OutputError
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """The text with pictures in place of control characters: what a model or a file holds must not command a terminal.
+
+    Tabs and line breaks stay.
+    """
+    return _CONTROL.sub(lambda match: _picture(ord(match[0])), text)
+
+
+def _picture(code: int) -> str:
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "\u2421" if code == 0x7F else "\ufffd"
 
 
 def writable_folder(folder: str | Path) -> Path:
@@ -30,11 +47,28 @@ def writable_folder(folder: str | Path) -> Path:
 
 @contextmanager
 def complete_file(path: Path) -> Iterator[TextIO]:
-    """A text file that takes its place, over an older one, when the `with` block ends without an error."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        yield file
-    temporary.replace(path)
+    """A text file that takes its place, over an older one, when the `with` block ends without an error; else it goes
+    away.
+
+    Raises:
+        OutputError: it can't be written.
+    """
+    if not path.name or "\0" in str(path):
+        raise OutputError(f"{str(path)!r} is no name of a file")
+    temporary = _beside(path, os.getpid(), "tmp")
+    with suppress(OSError):
+        _sweep(path, "tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            yield file
+        temporary.replace(path)
+    except OSError as error:
+        ours = error.filename in (None, str(temporary))
+        where = "" if ours else f" ({error.filename})"
+        raise OutputError(f"{path} can't be written: {error.strerror or error}{where}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -109,7 +143,10 @@ def _sweep(target: Path, kind: str) -> None:
         process = stale.name.removeprefix(before).removesuffix(after)
         ours = stale.name == f"{before}{process}{after}" and process.isdecimal()
         if ours and (int(process) == os.getpid() or not _alive(int(process))):
-            shutil.rmtree(stale, ignore_errors=True)
+            if stale.is_dir():
+                shutil.rmtree(stale, ignore_errors=True)
+            else:
+                stale.unlink(missing_ok=True)
 
 
 def _alive(process: int) -> bool:

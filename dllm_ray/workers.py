@@ -19,7 +19,15 @@ import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
 
-from dllm_ray.answers import Answer, AnswerStore, answer_columns, answer_key, base_seed, ended_by_stop
+from dllm_ray.answers import (
+    Answer,
+    AnswerStore,
+    answer_columns,
+    answer_key,
+    base_seed,
+    ended_by_stop,
+    require_free_columns,
+)
 from dllm_ray.cluster import Shares
 from dllm_ray.errors import ConfigError, DllmRayError, ResourceError
 from dllm_ray.models.config import ModelConfig
@@ -292,12 +300,15 @@ def sample_dataset(
         answered before the first is returned.
 
     Raises:
-        DataError: a row that can't be used, or doesn't fit the model; before any is answered.
+        DataError: a row that can't be used, has a column called like one of the answer's, or doesn't fit the model;
+            before any is answered.
         DllmRayError: as `ModelPool.fill`.
     """
     tokenizer, spec, blueprint = open_tokenizer(pool.model.path)
     rows = _rows_in_order(dataset)
-    named = ((partial("row {}".format, number), row) for number, row in enumerate(rows))
+    named = [(partial("row {}".format, number), row) for number, row in enumerate(rows)]
+    for where, row in named:
+        require_free_columns(where, row)
     if infill:
         _, prompts = encode_texts(named, tokenizer, spec.mask_token_id, columns or {})
     else:

@@ -16,7 +16,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
-from dllm_ray.cli import run_job
+from dllm_ray.cli import print_error, run_job
 from dllm_ray.config import section
 from dllm_ray.conversation import Conversation, check_template, is_interactive, is_unicode
 from dllm_ray.errors import ConfigError, DllmRayError
@@ -71,7 +71,7 @@ def main(job: ChatJob) -> None:
                 raise
             print("\ninterrupted: the answer is dropped", file=sys.stderr)
         except DllmRayError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print_error(error)
 
 
 def lines() -> Iterator[str]:

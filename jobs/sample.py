@@ -5,8 +5,9 @@
     python jobs/sample.py --model.path MODEL_DIR --prompts questions.jsonl --output_dir outputs/answers
 
 A source of prompts has a column `prompt`, `question`, `instruction` or `messages` (with --infill: `infill` or `text`).
-It is answered by Ray workers, in order, into OUTPUT_DIR/samples.jsonl, with a summary.json beside it. When such a run
-is killed, the same command goes on where it was. A single --prompt is answered in this process, without Ray.
+It is answered by Ray workers, in order, into OUTPUT_DIR/samples.jsonl, with a summary.json beside it; rows keep their
+other columns. When such a run is killed, the same command goes on where it was. A single --prompt is answered in this
+process, without Ray.
 """
 
 import json
@@ -25,7 +26,7 @@ from dllm_ray.cli import run_job
 from dllm_ray.config import section, to_dict
 from dllm_ray.errors import ConfigError, DataError, OutputError
 from dllm_ray.models.config import ModelConfig
-from dllm_ray.output import complete_file, writable_folder
+from dllm_ray.output import complete_file, printable, writable_folder
 from dllm_ray.sampling.config import SamplerConfig
 from dllm_ray.tracking import TrackingConfig
 
@@ -77,7 +78,11 @@ class SampleJob:
             raise ConfigError("name at least one source", "prompts")
         if self.show and self.prompts is not None:
             raise ConfigError("shows a single --prompt; for the first of many write a page with --html", "show")
-        if self.html is not None and (not Path(self.html).parent.is_dir() or Path(self.html).is_dir()):
+        if self.prompt is not None:
+            for name, default in (("columns", {}), ("limit", None), ("workers", None)):
+                if getattr(self, name) != default:
+                    raise ConfigError("is for a source of --prompts, not for a single --prompt", name)
+        if self.html is not None and not _may_be_a_file(Path(self.html)):
             raise ConfigError(f"{self.html} is no file in a folder that is there", "html")
         if not self.infill:
             with section("sampler"):
@@ -86,6 +91,13 @@ class SampleJob:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"must be at least 1, got {value}", name)
+
+
+def _may_be_a_file(path: Path) -> bool:
+    try:
+        return path.parent.is_dir() and not path.is_dir()
+    except OSError:  # e.g. a name that is too long
+        return False
 
 
 @dataclass
@@ -98,7 +110,7 @@ class Work:
     tokenizer: Any
     spec: Any
     given: list[dict[str, Any]]
-    """The column of each answer's row that says what was asked."""
+    """The columns of each answer's row that are not the answer's: the row's own, and what was asked."""
     prompts: list[Sequence[int]]
 
 
@@ -115,13 +127,13 @@ def main(job: SampleJob) -> None:
     key = None
     if job.prompt is None:
         key = answer_key(job.model, job.sampler, job.batch_size, work.prompts, job.infill)
-    if job.fresh:
-        (output_dir / SUMMARY).unlink(missing_ok=True)
-    elif _is_finished(output_dir, key):
+    finished = None if job.fresh else _finished(output_dir, key)
+    if finished is not None:
         (output_dir / PARTIAL).unlink(missing_ok=True)
-        print(f"answers   all of them are in {output_dir / SAMPLES} from before; --fresh answers again")
-        return
-    if key is None:
+        print(f"answers   all of them are in {output_dir / SAMPLES} from before; --fresh answers again", flush=True)
+        if job.html is not None:
+            _replay_again(work, finished)
+    elif key is None:
         _answer_here(work)
     else:
         _answer_by_workers(work, key)
@@ -144,21 +156,32 @@ def _encoded(job: SampleJob, output_dir: Path, provenance: dict, rows) -> Work:
     from dllm_ray.prompts import encode_rows, encode_texts, require_room
 
     tokenizer, spec, blueprint = open_tokenizer(job.model.path)
-    columns = {} if job.prompts is None else job.columns
+    others: list[dict[str, Any]] = []
+    if job.prompt is None:
+        rows = _keeping(rows, others)
     if job.infill:
-        texts, prompts = encode_texts(rows, tokenizer, spec.mask_token_id, columns)
-        given = [{"text": text} for text in texts]
+        asked, (texts, prompts) = "text", encode_texts(rows, tokenizer, spec.mask_token_id, job.columns)
     else:
-        conversations, prompts = encode_rows(rows, tokenizer, columns)
-        given = [{"messages": messages} for messages in conversations]
+        asked, (texts, prompts) = "messages", encode_rows(rows, tokenizer, job.columns)
+    given = [{**row, asked: text} for row, text in zip(others or [{}] * len(texts), texts, strict=True)]
     if not prompts:
         raise DataError(f"{job.prompts}: holds no rows")
     require_room(prompts, job.sampler, blueprint.max_length, job.infill)
     return Work(job, output_dir, provenance, tokenizer, spec, given, prompts)
 
 
-def _is_finished(output_dir: Path, key: dict | None) -> bool:
-    """Whether the folder holds these very answers. A single prompt has no key, and is answered every time.
+def _keeping(rows: Iterable[tuple[Callable[[], str], dict]], others: list[dict]) -> Iterator:
+    """The rows; their columns are kept, as far as they have place beside those of an answer."""
+    from dllm_ray.answers import require_free_columns
+
+    for where, row in rows:
+        require_free_columns(where, row)
+        others.append(row)
+        yield where, row
+
+
+def _finished(output_dir: Path, key: dict | None) -> dict | None:
+    """The summary, where the folder holds these very answers. A single prompt has no key, and is answered every time.
 
     Raises:
         OutputError: it holds the answers to another source of prompts, or made with other settings.
@@ -166,18 +189,19 @@ def _is_finished(output_dir: Path, key: dict | None) -> bool:
     from dllm_ray.answers import changes
 
     try:
-        before = json.loads((output_dir / SUMMARY).read_text(encoding="utf-8"))["key"]
+        summary = json.loads((output_dir / SUMMARY).read_text(encoding="utf-8"))
+        before, _ = summary["key"], summary["seed"]
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return None
     if not (output_dir / SAMPLES).is_file():
-        return False
+        return None
     changed = ["they are to a source of prompts"] if key is None else changes(before, json.loads(json.dumps(key)))
     if changed:
         raise OutputError(
             f"{output_dir / SAMPLES} holds the answers of another run: {'; '.join(changed)}. Name another output_dir, "
             "or replace them with --fresh"
         )
-    return True
+    return summary
 
 
 def _answer_here(work: Work) -> None:
@@ -195,13 +219,15 @@ def _answer_here(work: Work) -> None:
         canvases, output = _denoise(work, lm, seeds)
         ended = ended_by_stop(work.prompts, output, work.spec.stop_token_ids)
         path = work.output_dir / SAMPLES
+        (work.output_dir / SUMMARY).unlink(missing_ok=True)  # from here on it would tell of other answers
         _write(work, path, map(Answer, output.completions, output.row_nfe, ended), seeds)
         figures = output.figures()
         run.log({f"sampler/{name}": value for name, value in figures.items()})
         run.file(path)
         if job.html is not None:
             run.file(_replay(work, canvases, output))
-    print(json.loads(path.read_text(encoding="utf-8"))["completion"])
+    text = json.loads(path.read_text(encoding="utf-8"))["completion"]
+    print(printable(text) if sys.stdout.isatty() else text)
     print(
         f"1 answer in {path}: {figures['tpf']:.2f} tokens per forward, {figures['tokens_per_s']:,.0f} tokens/s",
         file=sys.stderr,
@@ -231,7 +257,8 @@ def _answer_by_workers(work: Work, key: dict) -> None:
 
     job, total = work.job, len(work.prompts)
     path = work.output_dir / SAMPLES
-    with AnswerStore(work.output_dir / PARTIAL, key, job.fresh) as store, _kept(store, total):
+    otherwise = "start over with --fresh, or name another output_dir"
+    with AnswerStore(work.output_dir / PARTIAL, key, job.fresh, otherwise) as store, _kept(store, total):
         before = len(store)
         if before:
             print(f"resumed   {before} of {total} prompts were answered before", flush=True)
@@ -277,21 +304,41 @@ def _kept(store, total: int) -> Iterator[None]:
 
 def _fill(work: Work, store, seeds: list[int]) -> None:
     """Answers what is left, and writes the replay."""
-    from dllm_ray import cluster
     from dllm_ray.viz.terminal import Progress
-    from dllm_ray.workers import ModelPool
 
     job, total = work.job, len(work.prompts)
-    with (
-        cluster.connect(job.workers or 2),
-        ModelPool(job.model, cluster.shares(job.workers, None, None, "")) as pool,
-    ):
+    with _pool(job, job.workers) as pool:
+        pool.wait()
+        (work.output_dir / SUMMARY).unlink(missing_ok=True)  # from here on it would tell of other answers
         progress = Progress("sample", total, "prompt", done=len(store))
         pool.fill(store, work.prompts, job.sampler, job.batch_size, progress.update, job.infill)
         progress.close()
         if job.html is not None:
-            few = work.prompts[:_REPLAYED]
-            _replay(work, *pool.trace(few, job.sampler, seeds[: len(few)], job.infill))
+            _replay_first(work, pool, seeds)
+
+
+def _replay_again(work: Work, summary: dict) -> None:
+    """Writes the replay of answers that are there already: their seeds give them again."""
+    from dllm_ray.sampling.sampler import row_seeds
+
+    with _pool(work.job, 1) as pool:
+        _replay_first(work, pool, row_seeds(summary["seed"], range(min(len(work.prompts), _REPLAYED))))
+    print(f"replay    {work.job.html}")
+
+
+@contextmanager
+def _pool(job: SampleJob, workers: int | None) -> Iterator[Any]:
+    """Workers with the model, on a cluster."""
+    from dllm_ray import cluster
+    from dllm_ray.workers import ModelPool
+
+    with cluster.connect(workers or 2), ModelPool(job.model, cluster.shares(workers, None, None, "")) as pool:
+        yield pool
+
+
+def _replay_first(work: Work, pool, seeds: list[int]) -> None:
+    few = work.prompts[:_REPLAYED]
+    _replay(work, *pool.trace(few, work.job.sampler, seeds[: len(few)], work.job.infill))
 
 
 def _replay(work: Work, canvases: list[list[int]], output) -> Path:
@@ -332,7 +379,7 @@ def _write(work: Work, path: Path, answers: Iterable, seeds: Sequence[int]) -> d
         for given, prompt, answer, seed in zip(work.given, work.prompts, answers, seeds, strict=True):
             gaps = prompt if work.job.infill else None
             row = {**given, **answer_columns(work.tokenizer, work.spec, answer, seed, gaps)}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
             tokens += row["completion_tokens"]
             nfe += row["nfe"]
             # where no single token ends an answer, a text may

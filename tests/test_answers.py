@@ -1,12 +1,23 @@
 """Answers on disk: whole or not there, of one run only, and there again after a kill; and what is told of them."""
 
+import fcntl
 import json
 import os
+import resource
 from dataclasses import replace
 
 import pytest
 
-from dllm_ray.answers import Answer, AnswerStore, answer_columns, answer_key, base_seed, changes, ended_by_stop
+from dllm_ray.answers import (
+    ANSWER_COLUMNS,
+    Answer,
+    AnswerStore,
+    answer_columns,
+    answer_key,
+    base_seed,
+    changes,
+    ended_by_stop,
+)
 from dllm_ray.errors import OutputError
 from dllm_ray.infilling import encode_gaps
 from dllm_ray.models.config import ModelConfig
@@ -57,7 +68,7 @@ def test_wherever_a_kill_cuts_the_file_whole_answers_stay_and_more_can_follow(pa
 def test_answers_of_other_settings_are_neither_mixed_nor_lost(path):
     with AnswerStore(path, KEY) as store:
         store.add(ANSWERS)
-    with pytest.raises(OutputError, match=r"holds 3 answers .*: sampler.steps was 4, is now 8\. .* --fresh"):
+    with pytest.raises(OutputError, match=r"holds 3 answers .*: sampler.steps was 4, is now 8\. .* delete it, or name"):
         AnswerStore(path, KEY | {"sampler.steps": 8})
     with AnswerStore(path, KEY) as store:
         assert contents(store) == ANSWERS
@@ -93,6 +104,74 @@ def test_a_folder_that_can_not_be_written_is_said(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="can't be written"):
         AnswerStore(tmp_path / "file" / "answers.jsonl", KEY)
+
+
+@pytest.fixture
+def full_disk():
+    """Limits how large files may become; what doesn't fit is written in part."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (before[0] if size is None else size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_one_message_and_nothing_that_was_kept_is_lost(path, full_disk):
+    kept = {}
+    with pytest.raises(OutputError, match=r"answers\.jsonl can't be written: File too large"):
+        full_disk(20_000)
+        with AnswerStore(path, KEY) as store:
+            for row in range(1000):
+                store.add({row: Answer([row] * 50, 1, True)})
+                kept[row] = Answer([row] * 50, 1, True)
+    full_disk(None)
+    assert 10 < len(kept) < 1000
+    with AnswerStore(path, KEY) as again:
+        assert {row: again[row] for row in range(1000) if row in again} == kept
+
+
+def test_answers_can_follow_when_the_disk_has_room_again(path, full_disk):
+    with AnswerStore(path, KEY) as store:
+        full_disk(500)
+        with pytest.raises(OutputError):
+            store.add({1: Answer(list(range(1000)), 1, True)})
+        full_disk(None)
+        assert 1 not in store
+        store.add(ANSWERS)
+    with AnswerStore(path, KEY) as again:
+        assert contents(again) == ANSWERS
+
+
+def test_a_file_that_was_removed_between_opening_and_locking_is_opened_anew(path, monkeypatch):
+    AnswerStore(path, KEY).close()
+    lock = fcntl.flock
+    removals = iter([True, True])
+
+    def late(file, how):
+        if next(removals, False):
+            path.unlink()
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with AnswerStore(path, KEY) as store:
+        store.add(ANSWERS)
+    with AnswerStore(path, KEY) as again:
+        assert contents(again) == ANSWERS
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\0" * 30, b"{}\n", b"no json\n", b'{"key":{x\n', b'{"row":1,"tokens":[],"nfe":1,"ended":true}\n', b"x"]
+)
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_file_that_does_not_begin_like_one_of_answers_is_refused_and_left(path, damage, answers):
+    with AnswerStore(path, KEY) as store:
+        store.add(ANSWERS)
+    whole = path.read_bytes()
+    held = damage + (whole[len(damage) :] if answers else b"")
+    path.write_bytes(held)
+    with pytest.raises(OutputError, match=r"answers.jsonl is damaged, or no file of answers: delete it, or name"):
+        AnswerStore(path, KEY)
+    assert path.read_bytes() == held
+    with AnswerStore(path, KEY, fresh=True) as store:
+        assert len(store) == 0
 
 
 def test_changes_name_what_came_went_and_differs():
@@ -157,6 +236,7 @@ def test_an_answer_as_columns_of_a_row(make_lm, tokenizer):
     tokens = tokenizer.encode("sort", add_special_tokens=False)
     answer = Answer(tokens, 2, True)
     columns = answer_columns(tokenizer, spec, answer, 7)
+    assert tuple(columns) == ANSWER_COLUMNS
     assert columns["completion"] == "sort"
     assert (columns["completion_tokens"], columns["nfe"], columns["seed"]) == (len(tokens), 2, 7)
     assert columns["tpf"] == len(tokens) / 2

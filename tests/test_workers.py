@@ -163,6 +163,8 @@ def test_conversations_of_a_ray_dataset_and_its_broken_rows(two):
     assert row["messages"] == talk and row["nfe"] > 0
     with pytest.raises(DataError, match=r"^row 1: no prompt: "):
         sample_dataset(ray.data.from_items([{"prompt": "a"}, {"prompt": None}]), two, CONFIG)
+    with pytest.raises(DataError, match=r"^row 0: its column 'seed' is called like one of the answer's"):
+        sample_dataset(ray.data.from_items([{"prompt": "a", "seed": 1}]), two, CONFIG)
 
 
 def test_texts_of_a_ray_dataset_are_filled_in(two, make_lm):

@@ -79,6 +79,8 @@ def to_messages(row: Mapping[str, Any], row_format: str, columns: Mapping[str, s
         return _conversation(get("messages"))
     if row_format == "prompt_response":
         prompt = get("prompt")
+        if not isinstance(prompt, Sequence):
+            raise RowError(f"{columns.get('prompt', 'prompt')} is neither text nor a list of messages")
         question = _conversation(prompt) if not isinstance(prompt, str) else [_turn("user", prompt, "prompt")]
         return [*question, _turn("assistant", get("response"), "response")]
     if row_format == "question_answer":

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm_ray.errors import OutputError
 from dllm_ray.models.spec import DiffusionSpec
 from dllm_ray.output import complete_file
 from dllm_ray.viz.spelling import Speller
@@ -74,11 +73,8 @@ def replay(
     }
     page = _PAGE.format(title=_ascii(title), style=_STYLE, script=_SCRIPT, data=_json(data))
     if path is not None:
-        try:
-            with complete_file(Path(path)) as file:
-                file.write(page)
-        except OSError as error:
-            raise OutputError(f"{path} can't be written: {error.strerror or error}") from None
+        with complete_file(Path(path)) as file:
+            file.write(page)
     return page
 
 
@@ -156,7 +152,7 @@ h2 { font-size: 1rem; margin: 1.2rem 0 .3rem; overflow-wrap: anywhere; }
   border: 1px solid var(--line); border-radius: .4rem; }
 .canvas span { border-radius: .2rem; padding: .1rem 0; }
 .given { color: var(--soft); }
-.mask { color: var(--soft); opacity: .6; }
+.mask { color: var(--soft); }
 .written { background: hsl(var(--hue) 65% var(--tint)); }
 .edited { text-decoration: underline wavy; text-underline-offset: .2em; }
 .fresh { outline: 2px solid var(--accent); outline-offset: -1px; font-weight: 600; }
@@ -245,6 +241,17 @@ function describe(row, mask, state, position) {
   return lines.join("\n");
 }
 
+// A token in the words of a screen reader.
+function spoken(row, mask, state, position) {
+  if (isOpen(row, mask, state, position)) return state.done ? "empty, behind the end of the text" : "mask";
+  const text = state.texts[position];
+  const parts = [text === "" ? "empty" : text.replaceAll("\n", " line break ").trim() || "space"];
+  if (state.steps[position] === null) return parts.concat("given").join(", ");
+  parts.push("step " + (state.steps[position] + 1));
+  if (state.confidences[position] !== null) parts.push("confidence " + state.confidences[position].toFixed(3));
+  return parts.join(", ");
+}
+
 function start(document, data) {
   const at = id => document.getElementById(id);
   const make = (name, text, className) => {
@@ -272,6 +279,7 @@ function start(document, data) {
     canvas.dir = "auto";
     const tokens = row.canvas.map((_, position) => {
       const token = make("span");
+      token.setAttribute("role", "img");
       token.tabIndex = position ? -1 : 0;
       token.dataset.row = index;
       token.dataset.position = position;
@@ -306,6 +314,7 @@ function start(document, data) {
         token.className = kinds.join(" ");
         const text = ended ? "" : state.texts[position].replaceAll("\n", "\u23ce\n");
         if (token.textContent !== text) token.textContent = text;
+        token.setAttribute("aria-label", spoken(row, data.mask, state, position));
         if (given || open) token.style.removeProperty("--hue");
         else token.style.setProperty("--hue", hue(state, position, byStep).toFixed(0));
       });

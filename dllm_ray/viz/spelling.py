@@ -4,17 +4,16 @@ A token is no letter: byte-level vocabularies split a character's UTF-8 over sev
 differently after a word than alone. So a canvas is spelled in runs between masks, not token by token.
 """
 
-import re
 from collections.abc import Sequence
 
 from dllm_ray.models.spec import DiffusionSpec
+from dllm_ray.output import printable
 
 MASK, END, LINE_BREAK = "░", "∎", "⏎"
 """How masks, ends of text and line breaks are drawn."""
 
 _LONGEST_GROUP = 12  # tokens; one may end in the middle of a character, and so may those after it
 _BROKEN = "\ufffd"
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class Speller:
@@ -77,14 +76,3 @@ class Speller:
             return ""
         # cleaning up spaces would change text that was spelled already
         return self._tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def printable(text: str) -> str:
-    """The text with pictures in place of control characters: what a model writes must not command the terminal."""
-    return _CONTROL.sub(lambda match: _picture(ord(match[0])), text)
-
-
-def _picture(code: int) -> str:
-    if code < 0x20:
-        return chr(0x2400 + code)
-    return "\u2421" if code == 0x7F else _BROKEN

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dllm_ray.models.spec import DiffusionSpec
-from dllm_ray.viz.spelling import END, LINE_BREAK, Speller
+from dllm_ray.viz.spelling import LINE_BREAK, Speller
 
 if TYPE_CHECKING:
     from dllm_ray.sampling.engine import Commit  # imports torch, which tables and progress do without
@@ -201,7 +201,7 @@ class LiveCanvas:
         """The whole canvas after the prompt; at last without the marks of what is new, and with one end of text."""
         texts = self._texts()
         if final:
-            texts = _without_tail(texts)
+            texts = _without_tail(texts, [token in self._spec.stop_token_ids for token in self._tokens])
         text = Text()
         shown = range(self._prompt_length, len(texts))
         for style, positions in itertools.groupby(shown, lambda position: self._style(position, mark_new=not final)):
@@ -257,9 +257,9 @@ class LiveCanvas:
         )
 
 
-def _without_tail(texts: list[str]) -> list[str]:
+def _without_tail(texts: list[str], ends: Sequence[bool]) -> list[str]:
     """One end of text stands for those that fill the canvas behind it."""
-    last = max((index for index, text in enumerate(texts) if text not in ("", END)), default=-1)
+    last = max((index for index, text in enumerate(texts) if text and not ends[index]), default=-1)
     return texts[: last + 1] + [text for text in texts[last + 1 :] if text][:1]
 
 

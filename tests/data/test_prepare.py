@@ -112,8 +112,8 @@ class TestRefusedData:
         with pytest.raises(DataError) as caught:
             prepare_data(path)
         assert str(caught.value) == (
-            f"{path}: none of its 3 rows can be used: empty answer (2), messages is not a list (1)"
-            f'; the first: {path}, line 2: {{"prompt": "q", "response": " "}}'
+            f"{path}: none of its 3 rows can be used: empty answer (2), prompt is neither text nor a list of messages "
+            f'(1); the first: {path}, line 2: {{"prompt": "q", "response": " "}}'
         )
 
     def test_prompts_that_leave_no_room_for_an_answer(self, write_jsonl, prepare_data):

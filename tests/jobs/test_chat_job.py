@@ -152,6 +152,25 @@ def test_saving_never_harms_a_file(talk, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("command", ["/save", "/html"])
+def test_a_name_that_is_no_file_is_one_line_and_the_conversation_goes_on(talk, tmp_path, command):
+    names = [".", str(tmp_path), "~nosuchuser/x", "a\0b", "x" * 300]
+    path = tmp_path / "chat.jsonl"
+    status, out, err = talk("sort 21", *(f"{command} {name}" for name in names), f"/save {path}")
+    assert status == 0 and out[-1] == f"conversation appended to {path}"
+    assert err == [
+        "error: . is a folder: name a file in it",
+        f"error: {tmp_path} is a folder: name a file in it",
+        f"error: {command}: there is no home folder ~nosuchuser",
+        f"error: {command}: the name of a file can't hold a NUL",
+        f"error: {'x' * 300} can't be written: File name too long",
+    ]
+
+
+def test_what_an_error_quotes_does_not_command_the_terminal(talk):
+    assert talk("/\x1b[2J")[2] == ["error: no command is called /␛[2J; /help lists them"]
+
+
 def test_a_text_with_gaps_is_filled_outside_the_conversation(talk, model, tmp_path):
     _, out, err = talk("sort [MASK:3] fox[MASK]", "/undo", "[MASK:0]", "[MASK:200]")
     lm = load(model)

@@ -221,6 +221,27 @@ def test_the_script_tells_all_about_a_token(edited, tokenizer):
     assert other.endswith("written in step 1, confidence 0.500")
 
 
+@needs_node
+def test_every_token_has_a_role_and_is_named_in_words(edited, tokenizer):
+    spec, row = edited
+    program = (
+        STAGE
+        + """
+      const names = step => { press("Home"); for (let n = 0; n < step; n += 1) press("ArrowRight");
+        return tokens.map(token => token["aria-label"]); };
+      console.log(JSON.stringify([tokens.map(token => token.role), names(0), names(1), names(3)]));
+    """
+    )
+    roles, begin, first, end = run_script(replay(None, tokenizer, spec, [row]), program)
+    assert set(roles) == {"img"}
+    assert begin == ["a, given"] + ["mask"] * (len(row.canvas) - 1)
+    assert first[1] == "<, step 1, confidence 0.500" and first[-1] == "mask"
+    assert end[1] == "b, step 3, confidence 0.250"
+    assert end[-4] == "line break, step 1, confidence 0.500"
+    assert end[-2:] == ["empty, behind the end of the text"] * 2
+    assert all(name.strip() for name in end)
+
+
 STAGE = """
   class Element {
     constructor(name) {

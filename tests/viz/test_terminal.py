@@ -286,6 +286,15 @@ def test_an_answer_that_ends_early_shows_one_end_and_no_masks(page, make_lm, tok
     assert answer == "a∎" and status.startswith("step 1  0 masks left")
 
 
+def test_an_answer_that_ends_with_the_sign_of_an_end_keeps_it(page, make_lm, tokenizer):
+    spec = make_lm("bert").spec
+    ids = tokenizer.encode("a∎", add_special_tokens=False)
+    wrote = [*ids, spec.eos_token_id, spec.eos_token_id]
+    with LiveCanvas(tokenizer, spec, [spec.mask_token_id] * len(wrote)) as live:
+        live.update(commit(0, {place: (token, 1.0) for place, token in enumerate(wrote)}, done=True))
+    assert left_standing(page)[0] == "a∎∎"
+
+
 def test_a_tall_canvas_is_drawn_around_what_is_new_and_whole_at_the_end(page, make_lm, tokenizer):
     spec = make_lm("bert").spec
     [line_break] = ids_of(tokenizer, "\n")
