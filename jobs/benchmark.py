@@ -167,11 +167,11 @@ class SampleBenchmark:
     """Prompts denoised together."""
     prompt_tokens: int = 128
     """Length of the prompts, which are random tokens."""
-    new_tokens: int = 64
+    new_tokens: int = 32
     """Length of the answers; an end of text doesn't stop them."""
     block_size: int = 32
     """Tokens in a block."""
-    rounds: int = 3
+    rounds: int = 2
     """How often the sampler and its forwards take turns; the fastest counts."""
     threads: int | None = None
     """torch threads on a CPU; null: as many as torch takes (OMP_NUM_THREADS, or all cores)."""
