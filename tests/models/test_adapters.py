@@ -281,7 +281,7 @@ def test_an_adapter_of_a_model_that_says_by_its_name_that_it_sees_blocks_sees_th
     lm.save(tmp_path / "adapter")
     assert load(tmp_path / "adapter").spec == lm.spec
     assert open_tokenizer(str(tmp_path / "adapter"))[1] == lm.spec
-    assert sampler_settings(str(tmp_path / "adapter")) == dict(lm.spec.sampler) == {"block_size": 32}
+    assert sampler_settings(str(tmp_path / "adapter")) == dict(lm.spec.sampler) == {"block_size": 32, "cache": "block"}
 
 
 @every_model
