@@ -15,7 +15,7 @@ PROMPTS = [list(range(40, 60)), list(range(60, 73))]
 
 @pytest.mark.slow
 def test_a_compiled_model_writes_the_same_tokens(make_lm):
-    lm = make_lm("llama")
+    lm = make_lm("llama", num_hidden_layers=1)
     compiled = DiffusionLM(copy.deepcopy(lm.model), None, lm.spec)
     compiled.compile("reduce-overhead")
     for cache in ("none", "dual"):
