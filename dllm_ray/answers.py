@@ -24,7 +24,7 @@ from dllm_ray.models.adapters import base_of, is_adapter
 from dllm_ray.models.config import ModelConfig
 from dllm_ray.models.spec import DiffusionSpec
 from dllm_ray.sampling.config import SamplerConfig
-from dllm_ray.sampling.sampler import SampleOutput
+from dllm_ray.sampling.output import SampleOutput
 
 ANSWER_COLUMNS = ("completion", "completion_tokens", "nfe", "tpf", "seed")
 """What `answer_columns` tells."""

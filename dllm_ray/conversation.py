@@ -16,7 +16,8 @@ from dllm_ray.sampling.config import SamplerConfig
 
 if TYPE_CHECKING:
     from dllm_ray.models.lm import DiffusionLM
-    from dllm_ray.sampling.sampler import SampleOutput, Sampler
+    from dllm_ray.sampling.output import SampleOutput
+    from dllm_ray.sampling.sampler import Sampler
     from dllm_ray.viz.html import ReplayRow
 
 HELP = """\

@@ -34,7 +34,8 @@ from dllm_ray.models.config import ModelConfig
 from dllm_ray.models.load import open_model, open_tokenizer
 from dllm_ray.prompts import encode_rows, encode_texts, require_room
 from dllm_ray.sampling.config import SamplerConfig
-from dllm_ray.sampling.sampler import SampleOutput, Sampler, row_seeds
+from dllm_ray.sampling.output import SampleOutput
+from dllm_ray.sampling.sampler import Sampler, row_seeds
 
 _MAX_LOSSES = 3  # lost workers in a row, without a finished slice between them, before the pool gives up
 

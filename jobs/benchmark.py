@@ -219,8 +219,7 @@ class SampleBenchmark:
 def benchmark_sample(job: SampleBenchmark) -> None:
     import torch
 
-    from dllm_ray.sampling.kv_cache import keeps
-    from dllm_ray.sampling.plan import Plan
+    from dllm_ray.sampling.engine import plan_for
     from dllm_ray.sampling.speed import measure
     from dllm_ray.viz.terminal import table
 
@@ -237,7 +236,7 @@ def benchmark_sample(job: SampleBenchmark) -> None:
     for algorithm in ALGORITHMS if job.algorithms is None else job.algorithms:
         config = job.sampler(algorithm)
         try:
-            Plan(config, lm.spec, takes_cache=keeps(lm))
+            plan_for(lm, config)
         except ConfigError as error:
             print(f"{algorithm}: left out: {error}", file=sys.stderr)
             continue

@@ -22,7 +22,7 @@ from dllm_ray.errors import OutputError
 from dllm_ray.infilling import encode_gaps
 from dllm_ray.models.config import ModelConfig
 from dllm_ray.sampling.config import SamplerConfig
-from dllm_ray.sampling.sampler import SampleOutput
+from dllm_ray.sampling.output import SampleOutput
 
 KEY = {"sampler.steps": 4, "sampler.suppress_tokens": (1, 2), "prompts": "2 of abc"}
 ANSWERS = {5: Answer([7, 8], 3, True), 0: Answer([], 1, False), 2: Answer([300_000], 9, True)}

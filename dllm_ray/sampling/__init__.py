@@ -5,7 +5,7 @@ from dllm_ray._lazy import exporter
 _EXPORTS = {
     "Commit": "dllm_ray.sampling.engine",
     "Engine": "dllm_ray.sampling.engine",
-    "SampleOutput": "dllm_ray.sampling.sampler",
+    "SampleOutput": "dllm_ray.sampling.output",
     "Sampler": "dllm_ray.sampling.sampler",
     "SamplerConfig": "dllm_ray.sampling.config",
 }

@@ -64,6 +64,15 @@ class Finished:
     that commit nothing by their schedule need no forward."""
 
 
+def plan_for(lm: DiffusionLM, config: SamplerConfig) -> Plan:
+    """What the settings come to on a model.
+
+    Raises:
+        ConfigError: they don't fit it.
+    """
+    return Plan(config, lm.spec, takes_cache=config.cache == "none" or keeps(lm))
+
+
 class Engine:
     """Denoises rows step by step.
 
@@ -177,7 +186,7 @@ class Engine:
         for plan in self._plans:
             if plan.config == config:
                 return plan
-        self._plans.append(Plan(config, self.lm.spec, takes_cache=config.cache == "none" or keeps(self.lm)))
+        self._plans.append(plan_for(self.lm, config))
         return self._plans[-1]
 
     def _join(self) -> None:

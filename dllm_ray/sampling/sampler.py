@@ -1,60 +1,21 @@
 """`Sampler`: denoises prompts in one call, on top of the step-wise engine."""
 
 import dataclasses
-import itertools
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from dllm_ray.errors import ConfigError, ModelError
 from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.sampling import uniform_noise
 from dllm_ray.sampling.batch import Row
 from dllm_ray.sampling.config import SamplerConfig
-from dllm_ray.sampling.engine import Commit, Engine
-from dllm_ray.sampling.kv_cache import keeps
+from dllm_ray.sampling.engine import Commit, Engine, plan_for
 from dllm_ray.sampling.noise import mix
+from dllm_ray.sampling.output import OnCommit, SampleOutput, until_stop
 from dllm_ray.sampling.plan import Plan
-
-OnCommit = Callable[[Commit], None]
-
-
-@dataclass
-class SampleOutput:
-    """What a call of the sampler made, in the order of its inputs."""
-
-    sequences: list[list[int]]
-    """Prompt and every generated token, untrimmed."""
-    completions: list[list[int]]
-    """Generated tokens up to, and without, the first end-of-text or end-of-turn token."""
-    row_nfe: list[int]
-    """Forwards each row took part in."""
-    nfe: int
-    """Steps in which the model ran; rows in one batch share them."""
-    seconds: float
-    """Wall time."""
-    history: list[Tensor] | None
-    """[steps of the row + 1, length of the row] each, when asked for."""
-    commits: list[list[Commit]] | None = None
-    """What each step wrote on each row, when asked for."""
-
-    def figures(self) -> dict[str, float]:
-        """For records: forwards summed over rows, tokens per forward, tokens per second."""
-        return {"nfe": float(sum(self.row_nfe)), "tpf": self.tpf, "tokens_per_s": self.tokens_per_s}
-
-    @property
-    def tpf(self) -> float:
-        """Tokens per forward: tokens before the end of text over the forwards that their rows took part in."""
-        return sum(map(len, self.completions)) / max(sum(self.row_nfe), 1)
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens before the end of text, over all rows, per second."""
-        return sum(map(len, self.completions)) / max(self.seconds, 1e-9)
 
 
 class Sampler:
@@ -90,13 +51,11 @@ class Sampler:
             ConfigError: a prompt and its answer don't fit the model's context, or steps are fewer than blocks.
         """
         if self._is_uniform:
-            began = time.perf_counter()
             seeds = self._seeds(len(prompts), seeds)
-            parts = uniform_noise.generate(self.lm, self.config, prompts, seeds, trace, on_commit)
-            return SampleOutput(**vars(parts), seconds=time.perf_counter() - began)
-        new = self._new_tokens(prompts)
+            return uniform_noise.generate(self.lm, self.config, prompts, seeds, trace, on_commit)
+        new, stops = self._new_tokens(prompts), self.lm.spec.stop_token_ids
         return self._run(
-            self._continuations(prompts, seeds), trace, on_commit, lambda tokens: self._until_stop(tokens[:new])
+            self._continuations(prompts, seeds), trace, on_commit, lambda tokens: until_stop(tokens[:new], stops)
         )
 
     def infill(
@@ -162,7 +121,7 @@ class Sampler:
 
     def _continuations(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None) -> list[Row]:
         self._require_mask()
-        plan = self._plan()
+        plan = plan_for(self.lm, self.config)
         _check_rows(prompts)
         prompts = [list(prompt) or self._empty_prompt(plan) for prompt in prompts]
         new = self._new_tokens(prompts)
@@ -182,9 +141,6 @@ class Sampler:
             )
             rows.append(row)
         return rows
-
-    def _plan(self) -> Plan:
-        return Plan(self.config, self.lm.spec, takes_cache=self.config.cache == "none" or keeps(self.lm))
 
     def _new_tokens(self, prompts: Sequence[Sequence[int]]) -> int:
         _check_rows(prompts)
@@ -222,7 +178,7 @@ class Sampler:
     def _gaps(self, rows: Sequence[Sequence[int]], seeds: Sequence[int] | None) -> list[Row]:
         self._require_mask()
         _check_rows(rows)
-        plan, longest = self._plan(), max(map(len, rows), default=0)
+        plan, longest = plan_for(self.lm, self.config), max(map(len, rows), default=0)
         if self.lm.spec.grid is not None:
             block = self._grid(plan)
         else:
@@ -272,10 +228,6 @@ class Sampler:
             history=[item.history for item in done] if trace else None,
             commits=[commits[row.key] for row in rows] if trace else None,
         )
-
-    def _until_stop(self, tokens: list[int]) -> list[int]:
-        stops = set(self.lm.spec.stop_token_ids)
-        return list(itertools.takewhile(lambda token: token not in stops, tokens))
 
     def _empty_prompt(self, plan: Plan) -> list[int]:
         """Shifted logits need a left neighbour for the first token; otherwise an empty prompt stays empty."""

@@ -12,6 +12,7 @@ import dataclasses
 import math
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ from dllm_ray.errors import ConfigError, ModelError
 from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.sampling.config import SamplerConfig
 from dllm_ray.sampling.engine import Commit
+from dllm_ray.sampling.output import OnCommit, SampleOutput, until_stop
 
 _HONOURED = frozenset(
     ("max_new_tokens", "max_length", "steps", "steps_per_block", "temperature", "suppress_tokens", "eos_penalty")
@@ -31,40 +33,25 @@ _HONOURED = frozenset(
 """Settings that have a meaning here; `seed` is the caller's, who makes a seed for each row of it."""
 
 
-@dataclass
-class Generated:
-    """What `generate` made, in the order of the prompts; the fields of `SampleOutput` but its wall time."""
-
-    sequences: list[list[int]]
-    """Prompt and `max_new_tokens` tokens; behind an end of text they are padding, unless `eos_early_stop` is off."""
-    completions: list[list[int]]
-    """Generated tokens up to, and without, the first end-of-text or end-of-turn token."""
-    row_nfe: list[int]
-    """Forwards of the decoder for each row. The encoder's, one for the prompt and one for every further canvas, are
-    not counted: they run over tokens that no longer change."""
-    nfe: int
-    """The sum of `row_nfe`: rows share no forwards."""
-    history: list[Tensor] | None
-    """[row_nfe + 1, length] each, when asked for: the row as it is shown before the first and after every step. A step
-    shows the likeliest tokens, of which the answer is made in the end, not the noise that the decoder is given."""
-    commits: list[list[Commit]] | None
-    """What each step changed in what is shown, when asked for; a position may change many times. Where padding is
-    written, the confidence is that of the token it replaces."""
-
-
 def generate(
     lm: DiffusionLM,
     config: SamplerConfig,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int],
     trace: bool = False,
-    on_commit: Callable[[Commit], None] | None = None,
-) -> Generated:
+    on_commit: OnCommit | None = None,
+) -> SampleOutput:
     """Continues each prompt with `max_new_tokens` tokens.
 
     What `SamplerConfig` has no word for (entropy bound, when a canvas counts as stable) is as `generation_config` of
     the model says. `temperature` 0 keeps the model's own falling temperature (there is no greedy mode); above 0 it
     stays the same in all steps.
+
+    `row_nfe` counts forwards of the decoder; those of the encoder, one for the prompt and one for every further canvas,
+    run over tokens that no longer change. Rows share no forwards. A trace shows the likeliest tokens, of which the
+    answer is made in the end, not the noise that the decoder is given; a position may change many times, and where
+    padding is written, the confidence is that of the token it replaces. Behind an end of text `sequences` are padding,
+    unless `eos_early_stop` is off.
 
     Args:
         lm: the model.
@@ -78,6 +65,7 @@ def generate(
         ConfigError: a setting that has no meaning here, or a prompt and its canvases don't fit the model's context.
         ModelError: the model gives NaN.
     """
+    began = time.perf_counter()
     rows = _rows(lm, config, prompts, seeds)
     commits: list[list[Commit]] = [[] for _ in rows]
 
@@ -88,14 +76,14 @@ def generate(
 
     watched = trace or on_commit is not None
     done = [_denoise(lm, config, row, note if watched else _ignore) for row in rows]
-    return Generated(
+    return SampleOutput(
         sequences=[tokens for tokens, _ in done],
         completions=[
-            _until_stop(tokens[row.start :], lm.spec.stop_token_ids)
-            for row, (tokens, _) in zip(rows, done, strict=True)
+            until_stop(tokens[row.start :], lm.spec.stop_token_ids) for row, (tokens, _) in zip(rows, done, strict=True)
         ],
         row_nfe=[steps for _, steps in done],
         nfe=sum(steps for _, steps in done),
+        seconds=time.perf_counter() - began,
         history=[_replay(row.canvas, commits[row.key]) for row in rows] if trace else None,
         commits=commits if trace else None,
     )
@@ -331,10 +319,6 @@ class _Closed(Exception):
 
 def _ignore(commit: Commit) -> None:
     pass
-
-
-def _until_stop(tokens: list[int], stops: Sequence[int]) -> list[int]:
-    return next((tokens[:index] for index, token in enumerate(tokens) if token in stops), tokens)
 
 
 def _replay(canvas: list[int], commits: Sequence[Commit]) -> Tensor:

@@ -5,6 +5,7 @@ Everything here is arithmetic on a few numbers for each candidate, and runs on t
 Shapes: R rows, N candidates of all rows, in ascending order of (row, position).
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -39,16 +40,11 @@ def commit_schedule(masks: int, steps: int, schedule: str = "linear") -> tuple[i
     product is truncated instead, and steps that commit nothing stay: they are part of the published histories. The
     counts sum to `masks`.
     """
-    counts = []
-    for share in due(steps, schedule):
-        # Python rounds halves to even, as the reference implementation does
-        count = masks if share == 1 else int(masks * share) if schedule == "dream" else min(round(masks * share), masks)
-        masks -= count
-        if count or schedule == "dream":
-            counts.append(count)
-        if not masks:
-            break
-    return tuple(counts)
+    if schedule == "dream":
+        return _split(masks, due(steps, schedule), lambda left, share: int(left * share))
+    # Python rounds halves to even, as the reference implementation does
+    counts = _split(masks, due(steps, schedule), lambda left, share: min(round(left * share), left))
+    return tuple(count for count in counts if count)
 
 
 @lru_cache(maxsize=4096)
@@ -56,28 +52,27 @@ def dream_block_schedule(masks: int, steps: int) -> tuple[int, ...]:
     """The counts of Fast-dLLM for Dream in a block with a cache: the first position alone, then Dream's time steps."""
     if masks == 0:
         return ()
-    counts, left = [1], masks - 1
-    for share in due(steps, "dream")[1:] or [1.0]:
-        count = left if share == 1 else int(left * share)
-        counts.append(count)
-        left -= count
-        if not left:
-            break
-    return tuple(counts if masks > 1 else counts[:1])
+    return (1, *_split(masks - 1, due(steps, "dream")[1:] or [1.0], lambda left, share: int(left * share)))
 
 
 def stochastic_schedule(masks: int, steps: int, schedule: str, *seed: int) -> tuple[int, ...]:
     """Like `commit_schedule`, but each mask is due by itself: the counts are binomial draws, the same for the
     same seed."""
     source = np.random.default_rng([word % 2**64 for word in seed])
+    counts = _split(
+        masks, due(steps, schedule), lambda left, share: int(source.binomial(left, min(max(share, 0.0), 1.0)))
+    )
+    return tuple(count for count in counts if count)
+
+
+def _split(masks: int, shares: list[float], take: Callable[[int, float], int]) -> tuple[int, ...]:
+    """What each step takes of the masks that are left, until none is; a share of 1 takes all."""
     counts = []
-    for share in due(steps, schedule):
-        count = int(source.binomial(masks, min(max(share, 0.0), 1.0)))
-        masks -= count
-        if count:
-            counts.append(count)
+    for share in shares:
         if not masks:
             break
+        counts.append(masks if share == 1 else take(masks, share))
+        masks -= counts[-1]
     return tuple(counts)
 
 

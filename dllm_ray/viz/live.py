@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Literal
 
-from dllm_ray.sampling.sampler import SampleOutput, Sampler
+from dllm_ray.sampling.output import SampleOutput
+from dllm_ray.sampling.sampler import Sampler
 from dllm_ray.viz.terminal import LiveCanvas
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gemma_testing import make_gemma, save_gemma
 from safetensors.torch import load_file, save_file
 from transformers import (
     Glm4MoeConfig,
@@ -858,30 +859,9 @@ def test_llada2_rotates_the_share_of_a_head_that_its_config_says(publish):
 
 @pytest.fixture(scope="module")
 def gemma(tokenizer, tmp_path_factory):
-    """(model, directory) of a DiffusionGemma of some 50,000 weights; its class can't do without a vision part."""
-    from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, PreTrainedTokenizerFast
-
-    text = json.loads("""{
-        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "global_head_dim": 32,
-        "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16, "max_position_embeddings": 128,
-        "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"],
-        "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 3
-    }""")
-    vision = json.loads("""{
-        "model_type": "gemma4_vision", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4,
-        "position_embedding_size": 16, "max_position_embeddings": 64
-    }""")
-    ids = {"image_token_id": 299, "boi_token_id": 298, "eoi_token_id": 297}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=8, **ids)
-        model = DiffusionGemmaForBlockDiffusion(config).eval()
-    folder = tmp_path_factory.mktemp("gemma")
-    model.save_pretrained(folder)
-    names = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>", "bos_token": "<|system|>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **names).save_pretrained(folder)
+    """(model, directory) of a DiffusionGemma."""
+    model, folder = make_gemma(context=128), tmp_path_factory.mktemp("gemma")
+    save_gemma(model, tokenizer, folder)
     return model, folder
 
 

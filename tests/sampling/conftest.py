@@ -3,7 +3,7 @@
 from functools import cache
 
 import pytest
-import torch
+from sampling_testing import sharpen
 
 
 @pytest.fixture(scope="session")
@@ -12,13 +12,6 @@ def sharp_lm(make_lm):
 
     @cache
     def make(architecture: str = "bert", seed: int = 0):
-        lm = make_lm(architecture, seed=seed)
-        source = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in lm.model.parameters():
-                if parameter.dim() == 2:
-                    parameter.normal_(std=parameter.shape[1] ** -0.5, generator=source)
-            lm.model.get_output_embeddings().weight *= 3
-        return lm
+        return sharpen(make_lm(architecture, seed=seed), seed)
 
     return make

@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+from sampling_testing import finish, sharpen
 
 from dllm_ray.errors import ConfigError
 from dllm_ray.models.lm import DiffusionLM
@@ -209,14 +210,6 @@ def rows_of(lm: DiffusionLM, config: SamplerConfig, news: list[int]) -> list[Row
     return rows
 
 
-def finish(engine: Engine) -> dict[int, list[int]]:
-    texts = {}
-    while engine.busy:
-        engine.step()
-        texts |= {item.row: item.tokens for item in engine.take_finished()}
-    return texts
-
-
 def alone(lm: DiffusionLM, row: Row) -> list[int]:
     engine = Engine(lm)
     engine.admit(row)
@@ -318,13 +311,7 @@ def shallow_lm(make_lm):
     @cache
     def make(architecture: str, seed: int) -> DiffusionLM:
         lm = make_lm(architecture, seed=seed, num_hidden_layers=1, extra=LOCAL if architecture == "modernbert" else {})
-        source = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in lm.model.parameters():
-                if parameter.dim() == 2:
-                    parameter.normal_(std=parameter.shape[1] ** -0.5, generator=source)
-            lm.model.get_output_embeddings().weight *= 3
-        return lm
+        return sharpen(lm, seed)
 
     return make
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from sampling_testing import finish
 
 from dllm_ray.errors import ConfigError, ModelError
 from dllm_ray.models.lm import DiffusionLM
@@ -36,14 +37,6 @@ def a_row(lm: DiffusionLM, key: int) -> Row:
         early_stop=config.eos_early_stop,
         key=key,
     )
-
-
-def finish(engine: Engine) -> dict[int, list[int]]:
-    texts = {}
-    while engine.busy:
-        engine.step()
-        texts |= {item.row: item.tokens for item in engine.take_finished()}
-    return texts
 
 
 def alone(lm: DiffusionLM, key: int) -> list[int]:

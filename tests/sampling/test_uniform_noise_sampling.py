@@ -2,11 +2,11 @@
 own `generate`, on a DiffusionGemma with random weights."""
 
 import dataclasses
-import json
 import threading
 
 import pytest
 import torch
+from gemma_testing import make_gemma, save_gemma
 
 from dllm_ray.errors import ConfigError, ModelError
 from dllm_ray.models.lm import DiffusionLM
@@ -22,33 +22,13 @@ OTHERS = [[3, 50], [60, 61, 62, 63, 64, 65, 66, 67, 68, 69]]
 @pytest.fixture(scope="module")
 def lm(tokenizer, tmp_path_factory):
     """A DiffusionGemma of some 50,000 weights that is sure enough of what it says to settle on a canvas."""
-    from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, PreTrainedTokenizerFast
-
-    text = json.loads("""{
-        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "global_head_dim": 32,
-        "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16, "max_position_embeddings": 64,
-        "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"],
-        "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 3
-    }""")
-    vision = json.loads("""{
-        "model_type": "gemma4_vision", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4,
-        "position_embedding_size": 16, "max_position_embeddings": 64
-    }""")
-    ids = {"image_token_id": 299, "boi_token_id": 298, "eoi_token_id": 297}
+    model, folder = make_gemma(context=64), tmp_path_factory.mktemp("gemma")
     source = torch.Generator().manual_seed(0)
-    config = DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=CANVAS, **ids)
-    with torch.random.fork_rng():
-        model = DiffusionGemmaForBlockDiffusion(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=source)
-    folder = tmp_path_factory.mktemp("gemma")
-    model.save_pretrained(folder)
-    names = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>", "bos_token": "<|system|>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **names).save_pretrained(folder)
+    save_gemma(model, tokenizer, folder)
     return load(folder)
 
 
