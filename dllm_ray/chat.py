@@ -139,7 +139,17 @@ def encode_text(tokenizer, text: str) -> list[int]:
 
 def encode_plain(tokenizer, text: str) -> list[int]:
     """Token ids of a text outside a conversation; what looks like a control token in it stays text."""
-    return _tokenize_plain(tokenizer, [text])[0] if text else []
+    return encode_plain_all(tokenizer, [text])[0] if text else []
+
+
+def encode_plain_all(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """`encode_plain` for many texts, none of them empty."""
+    rows = _encode(tokenizer, texts, split_special_tokens=True)
+    controls = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    for index, row in enumerate(rows):
+        if len(texts[index]) > 1 and not controls.isdisjoint(row):  # a Unigram vocabulary holds them as words too
+            rows[index] = [token for letter in encode_plain_all(tokenizer, list(texts[index])) for token in letter]
+    return rows
 
 
 def decode(tokenizer, ids: Sequence[int], eot_text: str | None = None) -> str:
@@ -172,21 +182,23 @@ def _apply(tokenizer, messages: Sequence[Message], add_generation_prompt: bool) 
 def _tokenize(tokenizer, texts: list[str], plain: list[bool]) -> list[list[int]]:
     if not texts:
         return []
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ids = _encode(tokenizer, texts)
     shielded = [index for index, is_plain in enumerate(plain) if is_plain]
     if shielded:
-        for index, row in zip(shielded, _tokenize_plain(tokenizer, [texts[index] for index in shielded]), strict=True):
+        for index, row in zip(shielded, encode_plain_all(tokenizer, [texts[index] for index in shielded]), strict=True):
             ids[index] = row
     return ids
 
 
-def _tokenize_plain(tokenizer, texts: list[str]) -> list[list[int]]:
-    rows = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    controls = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    for index, row in enumerate(rows):
-        if len(texts[index]) > 1 and not controls.isdisjoint(row):  # a Unigram vocabulary holds them as words too
-            rows[index] = [token for letter in _tokenize_plain(tokenizer, list(texts[index])) for token in letter]
-    return rows
+def _encode(tokenizer, texts: Sequence[str], split_special_tokens: bool = False) -> list[list[int]]:
+    """Token ids of each text, and nothing else: transformers would build masks and offsets too."""
+    if not tokenizer.is_fast:
+        return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=split_special_tokens)["input_ids"]
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = split_special_tokens
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _shield(tokenizer, value: Any) -> Any:

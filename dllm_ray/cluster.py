@@ -14,6 +14,7 @@ import ray
 
 from dllm_ray.errors import ResourceError
 
+_ELASTIC_CPUS = 0.9
 _SPARE_CPUS = 2  # for data tasks and evaluation beside the workers, on a Ray of our own
 
 
@@ -68,9 +69,13 @@ class Shares:
     """GPUs of each worker."""
     data_cpus: float
     """CPUs of a data task beside them."""
+    most: int | None = None
+    """Most workers, where their number follows what the cluster has; `workers` is the fewest then."""
 
 
-def shares(workers: int | None, cpus: float | None, gpus: float | None, section: str) -> Shares:
+def shares(
+    workers: int | None, cpus: float | None, gpus: float | None, section: str, most: int | None = None
+) -> Shares:
     """Divides the connected cluster among workers, leaving room for data tasks beside them.
 
     Workers hold what they reserve for their whole life. So at least half a CPU is left over, or data tasks would wait
@@ -81,6 +86,8 @@ def shares(workers: int | None, cpus: float | None, gpus: float | None, section:
         cpus: CPUs of each; None: 1, or less on a small cluster.
         gpus: GPUs of each; None: 1 where the cluster has any.
         section: what stands before the fields' names in messages, e.g. `train.`.
+        most: most workers, where `workers` is the fewest that will do. Ray then fills the cluster with them, so each
+            takes a little less than a CPU by itself, or data tasks would find none.
 
     Raises:
         ResourceError: the cluster is too small; the message says what it has and what to set.
@@ -97,6 +104,9 @@ def shares(workers: int | None, cpus: float | None, gpus: float | None, section:
             f"lower {section}workers, or {section}gpus_per_worker (fractions share a GPU, 0 means CPU)"
         )
     data_cpus = min(1.0, total_cpus / 2)
+    if most is not None:
+        data_cpus = 1 - _ELASTIC_CPUS
+        cpus = _ELASTIC_CPUS if cpus is None else cpus
     if cpus is None:
         cpus = min(1.0, (total_cpus - data_cpus) / workers)
     left = total_cpus - workers * cpus
@@ -105,4 +115,4 @@ def shares(workers: int | None, cpus: float | None, gpus: float | None, section:
             f"{workers} workers with {cpus:g} CPUs each leave none of the cluster's {total_cpus:g} for data tasks: "
             f"lower {section}cpus_per_worker (a fraction will do: it is what Ray counts, not a limit)"
         )
-    return Shares(workers, cpus, gpus, min(data_cpus, left))
+    return Shares(workers, cpus, gpus, min(data_cpus, left), most)

@@ -115,17 +115,32 @@ def instantiate(cls: type[T], values: Any, prefix: str = "") -> T:
     for field in dataclasses.fields(cls):
         if field.name not in given:
             continue
-        value = given[field.name]
-        nested = hints[field.name]
-        if dataclasses.is_dataclass(nested):
-            value = instantiate(nested, value, f"{prefix}{field.name}.")
-        arguments[field.name] = value
+        arguments[field.name] = _build(hints[field.name], given[field.name], prefix + field.name)
     try:
         return cls(**arguments)
     except ConfigError as error:
         if error.field is None or (prefix and error.field.startswith(prefix)):
             raise
         raise ConfigError(error.message, prefix + error.field) from None
+
+
+def _build(hint: Any, value: Any, name: str) -> Any:
+    """A field's value, with dataclasses in place of the namespaces that stand for them."""
+    nested = _dataclass_in(hint)
+    if nested is None:
+        return value
+    if isinstance(value, list):
+        return [_build(nested, item, f"{name}.{number}") for number, item in enumerate(value)]
+    if isinstance(value, Mapping | argparse.Namespace):
+        return instantiate(nested, value, f"{name}.")
+    return value
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """The dataclass that a field holds, alone, in a list, or as an alternative to something else."""
+    if dataclasses.is_dataclass(hint):
+        return hint
+    return next(filter(None, map(_dataclass_in, typing.get_args(hint))), None)
 
 
 @contextmanager
@@ -333,10 +348,15 @@ def _check_keys(tree: Mapping[str, Any], cls: type, where: str, prefix: str = ""
             raise ConfigError(f"{where}: unknown key {prefix + str(key)!r}{near}")
         if value is None and key in keys and type(None) not in typing.get_args(hints[key]):
             raise ConfigError(f"expected {_describe(hints[key])}, got null", prefix + str(key))
-        if dataclasses.is_dataclass(hints[key]):
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"{where}: {prefix}{key}: expected a section with keys, got {value!r}")
-            _check_keys(value, hints[key], where, f"{prefix}{key}.")
+        nested = _dataclass_in(hints[key])
+        if dataclasses.is_dataclass(hints[key]) and not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: {prefix}{key}: expected a section with keys, got {value!r}")
+        if nested is not None:
+            items = value if isinstance(value, list) else [value]
+            for number, item in enumerate(items):
+                if isinstance(item, Mapping):
+                    inside = f"{prefix}{key}.{number}." if isinstance(value, list) else f"{prefix}{key}."
+                    _check_keys(item, nested, where, inside)
 
 
 def _inside_mapping(name: str, keys: Mapping[str, Any]) -> bool:

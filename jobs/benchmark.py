@@ -5,9 +5,10 @@
     python jobs/benchmark.py sample
     python jobs/benchmark.py sample --model.path MODEL_DIR --batch_sizes '[1, 8, 32]' --json figures.json --mlflow true
 
-train: tokens per second of the training loop under Ray Train with one worker, of the same loop without Ray, and of a
-bare PyTorch loop that computes the logits of every position. The three take turns, so that a machine that slows down
-slows all of them. Sizes default to configs/benchmark/train.yaml.
+train: tokens per second (without padding) and peak memory of the training loop under Ray Train with one worker, of the
+same loop without Ray, and of a bare PyTorch loop that pads rows to the longest of their batch and computes the logits
+of every position. The three take turns, so that a machine that slows down slows all of them. Sizes default to
+configs/benchmark/train.yaml.
 
 sample: for each decoding algorithm and batch size, tokens per second, tokens per forward, and the time of a call of the
 sampler over the time of the forwards that it needed, run again by themselves. Sizes default to
@@ -18,12 +19,7 @@ import json
 import os
 import statistics
 import sys
-import tempfile
-import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +37,6 @@ from dllm_ray.tracking import TrackingConfig
 from dllm_ray.training.config import TrainConfig
 
 OURS, ALONE, BARE = "under Ray Train", "the same loop alone", "bare loop, all logits"
-CHUNK = 5
-"""Steps of one reading; the median of many short readings is not moved by a passing disturbance."""
 
 DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "benchmark"
 
@@ -84,6 +78,8 @@ class TrainBenchmark:
     """Seeds data, weights and noise."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Train an adapter in place of the model; the bare loop trains the model."""
     data: DataConfig = field(default_factory=DataConfig)
     """The data."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -101,60 +97,102 @@ class TrainBenchmark:
             self.train,
             workers=1,
             max_steps=self.warmup_steps + self.steps,
-            log_every=CHUNK,
             learning_rate=self.train.learning_rate or 1e-3,
         )
 
 
 def benchmark_train(job: TrainBenchmark) -> None:
-    import torch
-
     from dllm_ray import cluster
+    from dllm_ray.training import speed
+    from dllm_ray.viz.terminal import table
+
+    work, ours, plain = _work(job)
+    readings: dict[str, list[speed.Reading]] = {OURS: [], ALONE: [], BARE: []}
+    with cluster.connect(1):
+        loops = {
+            ALONE: lambda: speed.alone(work, ours),
+            OURS: lambda: speed.under_ray(work, ours),
+            BARE: lambda: speed.bare(work, plain),
+        }
+        for turn in range(job.rounds):
+            # there and back again, so that a machine that drifts favours none of them
+            for name in loops if turn % 2 == 0 else reversed(loops):
+                readings[name].append(loops[name]())
+            print(f"round {turn + 1}/{job.rounds} done", file=sys.stderr)
+    speeds = {
+        name: statistics.median([value for turn in turns for value in turn.tokens_per_s])
+        for name, turns in readings.items()
+    }
+    memory = {name: statistics.median([turn.peak_memory_gb for turn in turns]) for name, turns in readings.items()}
+    wait = statistics.median([turn.data_wait for turn in readings[OURS]])
+    rows = [
+        {
+            "loop": name,
+            "tokens/s": round(value),
+            "ours / this": round(speeds[OURS] / value, 3),
+            "peak GB": round(memory[name], 2),
+            "alone's peak / this": round(memory[ALONE] / memory[name], 3),
+        }
+        for name, value in speeds.items()
+    ]
+    where = _where(job.train.threads_per_worker or os.cpu_count())
+    table(f"training on {where}, {job.train.precision}", rows)
+    print(f"waited for data: {wait:.1%} of the time under Ray Train")
+    if job.json:
+        figures = {
+            "where": where,
+            "settings": to_dict(job),
+            "tokens_per_s": speeds,
+            "peak_memory_gb": memory,
+            "data_wait": wait,
+            "ratio_to_same_loop": speeds[OURS] / speeds[ALONE],
+            "ratio_to_bare_loop": speeds[OURS] / speeds[BARE],
+            "memory_ratio_to_bare_loop": memory[ALONE] / memory[BARE],
+            "readings": {name: [asdict(turn) for turn in turns] for name, turns in readings.items()},
+        }
+        with complete_file(Path(job.json)) as file:
+            json.dump(figures, file, indent=2)
+
+
+def _work(job: TrainBenchmark):
+    """The workload, its data as the job batches them, and the same rows as a bare loop would: in order, padded."""
     from dllm_ray.data import prepare
     from dllm_ray.data.tokenize import texts
     from dllm_ray.models import blueprint, load, tokenizers
-    from dllm_ray.viz.terminal import table
+    from dllm_ray.training.speed import Workload
 
-    corpus = prepare.resolve(job.data, job.data.path, job.train.max_length)
+    corpus = prepare.resolve(job.data, job.train.max_length, job.seed)
     if job.model.path is None:
         tokenizer = tokenizers.train_bpe(texts(corpus.shards, corpus.rules, 100_000), job.model.scratch.vocab_size)
         spec = blueprint.describe(job.model.scratch.architecture, tokenizer)
     else:
         load.check_path(job.model.path)
         tokenizer, spec, _ = load.open_tokenizer(job.model.path)
-    prepared = prepare.prepare(
-        replace(job.data, valid_rows=0), corpus, None, tokenizer, spec.stop_token_ids, spec.pad_token_id, job.seed
-    )
-    batches = _batches(job, prepared)
-    measured: dict[str, list[float]] = {OURS: [], ALONE: [], BARE: []}
-    with cluster.connect(1):
-        loops = {
-            ALONE: lambda: _in_fresh_process(_alone, job, tokenizer, batches),
-            OURS: lambda: _under_ray(job, tokenizer, prepared),
-            BARE: lambda: _in_fresh_process(_bare, job, tokenizer, batches),
-        }
-        for turn in range(job.rounds):
-            # there and back again, so that a machine that drifts favours none of them
-            for name in loops if turn % 2 == 0 else reversed(loops):
-                measured[name] += loops[name]()
-            print(f"round {turn + 1}/{job.rounds} done", file=sys.stderr)
-    speed = {name: statistics.median(values) for name, values in measured.items()}
-    ours = speed[OURS]
-    rows = [
-        {"loop": name, "tokens/s": round(value), "ours / this": round(ours / value, 3)} for name, value in speed.items()
-    ]
-    threads = job.train.threads_per_worker or os.cpu_count()
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{threads} CPU threads"
-    table(f"training on {where}, {job.train.precision}", rows)
-    if job.json:
-        figures = {
-            "tokens_per_s": speed,
-            "ratio_to_same_loop": ours / speed[ALONE],
-            "ratio_to_bare_loop": ours / speed[BARE],
-            "readings": measured,
-        }
-        with complete_file(Path(job.json)) as file:
-            json.dump(figures, file, indent=2)
+
+    def prepared(data: DataConfig):
+        return prepare.prepare(
+            replace(data, valid_rows=0),
+            corpus,
+            None,
+            tokenizer,
+            spec.stop_token_ids,
+            spec.pad_token_id,
+            job.seed,
+            batch_size=job.train.batch_size,
+            max_length=job.train.max_length,
+            max_steps=job.train.max_steps,
+            padding=spec.padding,
+            block_size=job.objective.block_size if job.objective.name == "bd3lm" else spec.block_size,
+        )
+
+    work = Workload(job.model, job.lora, tokenizer, job.objective, job.train, job.warmup_steps, job.seed)
+    return work, prepared(job.data), prepared(replace(job.data, packing=False, max_tokens_per_batch=None))
+
+
+def _where(threads: int | None) -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{threads} CPU threads"
 
 
 @dataclass
@@ -245,7 +283,7 @@ def benchmark_sample(job: SampleBenchmark) -> None:
             speed = measure(lm, config, prompts, job.rounds)
             rows.append({"algorithm": algorithm, "batch": size, **asdict(speed)})
             print(f"{algorithm}, batch {size}: {speed.ratio:.3f} times its forwards", file=sys.stderr)
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    where = _where(torch.get_num_threads())
     table(f"sampling {job.new_tokens} tokens on {where}, {job.model.dtype}", rows)
     if job.json:
         with complete_file(Path(job.json)) as file:
@@ -256,15 +294,16 @@ def benchmark_sample(job: SampleBenchmark) -> None:
 
 def _model_to_sample(job: SampleBenchmark):
     from dllm_ray.models import load, tokenizers
+    from dllm_ray.training.speed import device
 
     if job.model.path is not None:
         load.check_path(job.model.path)
-        return load.open_model(job.model, device=_device())
+        return load.open_model(job.model, device=device())
     # the weights are random, so the tokenizer needn't know the whole vocabulary
     scratch = job.model.scratch
     scratch = replace(scratch, extra=scratch.extra | {"vocab_size": scratch.vocab_size})
     tokenizer = tokenizers.train_bpe([], scratch.vocab_size)
-    return load.open_model(replace(job.model, scratch=scratch), tokenizer, job.seed, _device())
+    return load.open_model(replace(job.model, scratch=scratch), tokenizer, job.seed, device())
 
 
 def _log(job: SampleBenchmark, output_dir: Path, rows: list[dict[str, Any]]) -> None:
@@ -276,144 +315,6 @@ def _log(job: SampleBenchmark, output_dir: Path, rows: list[dict[str, Any]]) -> 
             place = f"benchmark/{row['algorithm']}/batch_{row['batch']}"
             run.log({f"{place}/{name}": row[name] for name in ("ratio", "tokens_per_s", "tpf", "nfe")})
         run.json("benchmark.json", rows)
-
-
-def _batches(job: TrainBenchmark, prepared) -> list:
-    """The run's batches, in memory: the loops without Ray don't wait for data at all."""
-    import torch
-
-    from dllm_ray.data.batches import pad
-    from dllm_ray.objectives.mdlm import Part
-    from dllm_ray.training.loop import Batch
-
-    size = job.train.batch_size
-    batches = []
-    for rows in prepared.global_batches(size, job.train.max_steps * size):
-        tensors = {name: torch.from_numpy(array) for name, array in pad(rows, prepared.padding).items()}
-        batches.append(Batch(tensors, Part(0, len(rows)), int(rows.lengths.sum())))
-    return batches
-
-
-def _in_fresh_process(loop: Callable, job: TrainBenchmark, tokenizer, batches: list) -> list[float]:
-    """Runs a loop where nothing else runs: no Ray, no other threads."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_with_threads, loop, job, tokenizer, batches).result()
-
-
-def _with_threads(loop: Callable, job: TrainBenchmark, tokenizer, batches: list) -> list[float]:
-    import torch
-
-    torch.set_num_threads(job.train.threads_per_worker or os.cpu_count())
-    return loop(job, tokenizer, batches)
-
-
-def _alone(job: TrainBenchmark, tokenizer, batches: list) -> list[float]:
-    from dllm_ray.models.load import open_model
-    from dllm_ray.training.loop import train_steps
-    from dllm_ray.training.strategies import wrap
-    from dllm_ray.training.trainer import build_objective
-
-    lm = open_model(job.model, tokenizer, job.seed, _device())
-    strategy = wrap(lm, job.train)
-    objective = build_objective(job.objective, strategy.lm)
-    clock = _Clock(job)
-    for result, batch in zip(
-        train_steps(strategy, objective, iter(batches), job.train, len(batches), job.seed), batches, strict=True
-    ):
-        clock.tick(result.step, batch.tokens)
-    return clock.readings
-
-
-def _bare(job: TrainBenchmark, tokenizer, batches: list) -> list[float]:
-    """What one would write by hand: all logits, plain cross-entropy over the masked ones."""
-    import torch
-    import torch.nn.functional as F
-
-    from dllm_ray.models.load import open_model
-    from dllm_ray.models.spec import IGNORE_INDEX
-    from dllm_ray.training.loop import autocast
-
-    lm = open_model(job.model, tokenizer, job.seed, _device())
-    model, device = lm.model.train(), lm.device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=job.train.learning_rate)
-    clock = _Clock(job)
-    for step, batch in enumerate(batches, start=1):
-        ids, labels = batch.tensors["input_ids"].to(device), batch.tensors["labels"].to(device)
-        attention_mask = batch.tensors.get("attention_mask")
-        t = torch.rand(len(ids), 1, device=device).clamp(min=job.objective.time_epsilon)
-        masked = (torch.rand(ids.shape, device=device) < t) & (labels != IGNORE_INDEX)
-        noised = torch.where(masked, lm.spec.mask_token_id, ids)
-        with autocast(device, job.train.precision):
-            logits = model(input_ids=noised, attention_mask=attention_mask).logits
-        nll = F.cross_entropy(logits.float().transpose(1, 2), ids, reduction="none")
-        loss = (nll * masked / t).sum() / (labels != IGNORE_INDEX).sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        clock.tick(step, batch.tokens)
-    return clock.readings
-
-
-def _under_ray(job: TrainBenchmark, tokenizer, prepared) -> list[float]:
-    from dllm_ray import cluster
-    from dllm_ray.data.mixture import TrainStream
-    from dllm_ray.data.tokenize import TokenRows
-    from dllm_ray.training import trainer
-
-    shares = cluster.shares(1, job.train.cpus_per_worker, job.train.gpus_per_worker, "train.")
-    train = replace(job.train, checkpoint_every=job.train.max_steps)  # nothing but steps in between
-    task = trainer.TrainTask(
-        model=job.model,
-        lora=LoRAConfig(),
-        tokenizer=tokenizer,
-        objective=job.objective,
-        train=train,
-        sampler=SamplerConfig(),
-        sample_rows=0,
-        seed=job.seed,
-        total_steps=train.max_steps,
-        epoch_rows=prepared.plan.rows,
-        valid=TokenRows.of([]),
-        padding=prepared.padding,
-        settings={},
-    )
-    stream = TrainStream(prepared, train.batch_size, train.max_steps * train.batch_size, shares.data_cpus)
-    readings: list[tuple[int, float]] = []
-
-    def on_events(events: list) -> None:
-        readings.extend(
-            (event["step"], event["values"]["train/tokens_per_s"]) for event in events if event["kind"] == "metrics"
-        )
-
-    with tempfile.TemporaryDirectory() as folder:
-        trainer.fit(task, stream, shares, folder, "benchmark", on_events)
-    return [speed for step, speed in readings if step > job.warmup_steps]
-
-
-class _Clock:
-    """Tokens per second of every few steps after the warm-up."""
-
-    def __init__(self, job: TrainBenchmark):
-        self._warmup = job.warmup_steps
-        self._tokens = 0
-        self._began = time.perf_counter()
-        self.readings: list[float] = []
-
-    def tick(self, step: int, tokens: int) -> None:
-        self._tokens += tokens
-        if step % CHUNK:
-            return
-        now = time.perf_counter()
-        if step > self._warmup:
-            self.readings.append(self._tokens / (now - self._began))
-        self._tokens, self._began = 0, now
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

@@ -11,12 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from dllm_ray.models.config import ScratchConfig
 from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.models.load import load
 from dllm_ray.models.scratch import build
 from dllm_ray.models.tokenizers import train_bpe
+
+settings.register_profile("untimed", deadline=None)  # how long an example takes is the machine's affair
+settings.load_profile("untimed")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("DLLM_RAY_SHARED", ROOT.parent / "shared"))

@@ -4,7 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_ray.chat import decode, encode, encode_all, encode_plain, encode_prompt, encode_text, render
+from dllm_ray.chat import (
+    decode,
+    encode,
+    encode_all,
+    encode_pieces,
+    encode_plain,
+    encode_plain_all,
+    encode_prompt,
+    encode_text,
+    render,
+)
 from dllm_ray.errors import DataError
 from dllm_ray.models.tokenizers import DEFAULT_CHAT_TEMPLATE, load_tokenizer, prepare
 
@@ -142,6 +152,20 @@ def test_many_conversations_are_encoded_as_each_by_itself(tokenizer):
     conversations = list(CONVERSATIONS.values())
     assert encode_all(tokenizer, conversations) == [encode(tokenizer, messages) for messages in conversations]
     assert encode_all(tokenizer, []) == []
+
+
+def test_tokens_are_the_tokenizers_own_whatever_it_is_set_to(any_tokenizer, monkeypatch):
+    texts = ["reverse 123", "sort 98<|endoftext|>", "x"]
+    expected = any_tokenizer(texts, add_special_tokens=False)["input_ids"]
+    any_tokenizer(texts, padding=True, truncation=True, max_length=2)
+    assert [row.ids for row in encode_pieces(any_tokenizer, [[(text, False)] for text in texts])] == expected
+    assert encode_plain_all(any_tokenizer, texts[::2]) == expected[::2]
+
+
+def test_a_tokenizer_written_in_python_serves_too():
+    from transformers import ByT5Tokenizer
+
+    assert encode_plain_all(ByT5Tokenizer(), ["ab", "c"]) == [[100, 101], [102]]
 
 
 def test_a_question_may_be_given_as_bare_text(tokenizer):

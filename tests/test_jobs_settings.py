@@ -12,8 +12,9 @@ from dllm_ray.cli import run_job
 from dllm_ray.config import leaf_types, parse
 
 ROOT = Path(__file__).resolve().parents[1]
-SFT, SAMPLE, CHAT, EVALUATE, CONVERT, BENCHMARK, SAMPLE_BENCHMARK = jobs = (
+SFT, PRETRAIN, SAMPLE, CHAT, EVALUATE, CONVERT, BENCHMARK, SAMPLE_BENCHMARK = jobs = (
     ("sft", "SFTJob"),
+    ("pretrain", "PretrainJob"),
     ("sample", "SampleJob"),
     ("chat", "ChatJob"),
     ("evaluate", "EvaluateJob"),
@@ -23,6 +24,7 @@ SFT, SAMPLE, CHAT, EVALUATE, CONVERT, BENCHMARK, SAMPLE_BENCHMARK = jobs = (
 )
 SMALLEST = {
     SFT: ["--data.path", "chats.jsonl"],
+    PRETRAIN: ["--data.path", "book.txt"],
     SAMPLE: ["--model.path", "m", "--prompt", "hi"],
     CHAT: ["--model.path", "m"],
     EVALUATE: ["--model.path", "m"],
@@ -33,7 +35,7 @@ SMALLEST = {
 """The options without which a job can't know what to do."""
 OF_FILE = {"benchmark/sample.yaml": SAMPLE_BENCHMARK}
 """The jobs of settings files that aren't the first job of their folder's name."""
-NEEDS = {"gsm8k_tiny.yaml": ["--data.path", "x"]}
+NEEDS = dict.fromkeys(["gsm8k_tiny.yaml", "gsm8k.yaml", "tiny.yaml"], ["--data.path", "x"])
 """The options that a settings file leaves to the user."""
 
 
@@ -109,7 +111,7 @@ def test_every_settings_file_fits_its_job(path):
             "sampler.max_new_tokens: set max_new_tokens or",
         ),
         (SFT, ["--data.path", "x", "--sampler.temperature", "-1"], "sampler.temperature: "),
-        (SFT, ["--data.path", "x", "--data.shuffle_window", "0"], "data.shuffle_window: "),
+        (SFT, ["--data.path", "x", "--data.shuffle_mb", "0"], "data.shuffle_mb: "),
         (SAMPLE, ["--prompt", "hi"], "model.path: name the model"),
         (SAMPLE, ["--model.path", "m"], "prompt: give one question"),
         (SAMPLE, ["--model.path", "m", "--prompt", "hi", "--prompts", "f"], "prompt: give one question"),

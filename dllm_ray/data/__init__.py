@@ -1,1 +1,4 @@
-"""Data: sources -> conversations -> token rows -> global batches. Ray appears in `mixture` only."""
+"""Data: sources -> conversations or documents -> token rows -> one blended stream -> global batches.
+
+Ray appears in `server` and `mixture` only.
+"""

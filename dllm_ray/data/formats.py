@@ -1,4 +1,4 @@
-"""One raw row -> one conversation. Knows column names and message shapes, not files or tokens."""
+"""One raw row -> one conversation, or one document. Knows column names and message shapes, not files or tokens."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,8 +10,9 @@ FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "prompt_response": (("prompt", "response"), ()),
     "instruction": (("instruction", "output"), ("input",)),
     "question_answer": (("question", "answer"), ()),
+    "text": (("text",), ()),
 }
-"""Format -> (columns it must have, columns it may have)."""
+"""Format -> (columns it must have, columns it may have). All but `text`, a document, are conversations."""
 
 
 class RowError(ValueError):
@@ -23,7 +24,8 @@ def detect(row: Mapping[str, Any], wanted: str, columns: Mapping[str, str], wher
 
     Args:
         row: the first row.
-        wanted: a format, or `auto`.
+        wanted: a format, or `auto`: the first kind of conversation that fits. `text` must be asked for, or its column
+            mapped.
         columns: our column name -> the source's.
         where: the row's origin, for the message.
 
@@ -32,12 +34,14 @@ def detect(row: Mapping[str, Any], wanted: str, columns: Mapping[str, str], wher
         DataError: the row lacks the columns.
     """
     check_columns(columns)
-    candidates = FORMATS if wanted == "auto" else {wanted: FORMATS[wanted]}
-    if wanted == "auto" and columns:
-        # a mapped column says which format is meant
+    if wanted != "auto":
+        candidates = {wanted: FORMATS[wanted]}
+    elif columns:  # a mapped column says which format is meant
         candidates = {
             name: parts for name, parts in FORMATS.items() if any(column in parts[0] + parts[1] for column in columns)
         }
+    else:
+        candidates = {name: parts for name, parts in FORMATS.items() if name != "text"}
     for name, (needed, _) in candidates.items():
         if all(columns.get(column, column) in row for column in needed):
             return name
@@ -47,6 +51,7 @@ def detect(row: Mapping[str, Any], wanted: str, columns: Mapping[str, str], wher
     raise DataError(
         f"{where}: the columns {', '.join(map(repr, row)) or '(none)'} are of no known format; expected {expected}. "
         "Name other columns with data.columns, e.g. --data.columns.prompt query"
+        + (", or train on documents with --data.format text" if wanted == "auto" and "text" in row else "")
     )
 
 
@@ -90,6 +95,21 @@ def to_messages(row: Mapping[str, Any], row_format: str, columns: Mapping[str, s
     if context:
         text = f"{text}\n\n{_text(context, 'input')}"
     return [_turn("user", text, "instruction"), _turn("assistant", get("output"), "output")]
+
+
+def to_text(row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
+    """The document in a row.
+
+    Raises:
+        RowError: why the row can't be used.
+    """
+    name = columns.get("text", "text")
+    if row.get(name) is None:
+        raise RowError(f"no {name}")
+    text = _text(row[name], name)
+    if not text.strip():
+        raise RowError("empty text")
+    return text
 
 
 def to_prompt(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[dict[str, Any]]:

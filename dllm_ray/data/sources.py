@@ -19,9 +19,12 @@ from dllm_ray.data import builtin
 from dllm_ray.errors import DataError
 
 SHARD_BYTES = 4 << 20
-"""A jsonl file is read in pieces of about this size."""
+"""A jsonl or text file is read in pieces of about this size."""
 SHARD_ROWS = 5_000
 """Generated and hub data sets are read in pieces of this many rows."""
+
+GOES_ON = "goes on"
+"""Column of a text file's rows: the next shard's row continues the document."""
 
 _SUFFIXES = {
     ".jsonl": "jsonl",
@@ -29,6 +32,7 @@ _SUFFIXES = {
     ".json": "json",
     ".parquet": "parquet",
     ".csv": "csv",
+    ".txt": "txt",
 }
 _SLICE = re.compile(r"^(?P<name>.+?)\[(?P<split>[\w.-]+)(?::(?P<limit>\d+))?\]$")
 _SNIPPET = 200
@@ -39,11 +43,11 @@ class Shard:
     """A readable piece of a source."""
 
     kind: str
-    """jsonl, json, csv, parquet, hub or builtin."""
+    """jsonl, json, csv, parquet, txt, hub or builtin."""
     name: str
     """File path or URL, hub id, or name of the generated data set."""
     start: int = 0
-    """First byte (jsonl), row group (parquet) or row (hub, builtin)."""
+    """First byte (jsonl, txt), row group (parquet) or row (hub, builtin)."""
     stop: int = 0
     """End of that range, excluded."""
     split: str = ""
@@ -61,9 +65,25 @@ class Shard:
         """
         return _READERS[self.kind](self)
 
+    def version(self) -> str:
+        """What changes whenever the rows may have changed: the file's size and time or checksum."""
+        if self.kind == "builtin":
+            return ""
+        if self.kind == "hub":
+            return _hub_dataset(self.name, self.split)._fingerprint
+        from fsspec.core import url_to_fs
+
+        try:
+            fs, path = url_to_fs(self.name)
+            facts = fs.info(path)
+        except (OSError, ImportError, ValueError) as error:
+            raise DataError(f"{self.name}: can't be looked up: {error}") from error
+        names = ("size", "mtime", "ETag", "etag", "LastModified", "updated", "last_modified")
+        return ", ".join(f"{name}={facts[name]}" for name in names if facts.get(name) is not None)
+
     def where(self, number: int) -> str:
         """The origin of a row, for people: `train.jsonl, line 17`."""
-        if self.kind == "jsonl":
+        if self.kind in ("jsonl", "txt"):
             return f"{self.name}, line {_lines_before(self) + number + 1}"
         if self.kind == "csv":
             return f"{self.name}, line {number}"
@@ -122,6 +142,8 @@ def _files(source: str) -> list[str]:
         fs, path = url_to_fs(source, expand=False) if "://" in source else url_to_fs(source)
         if fs.isdir(path):
             names = sorted(name for name in fs.find(path) if _suffix(name) in _SUFFIXES)
+            # text beside data explains it
+            names = [name for name in names if _suffix(name) != ".txt"] or names
             if not names:
                 raise DataError(f"{source}: no data files in this folder; expected {', '.join(_SUFFIXES)}")
         else:
@@ -148,7 +170,7 @@ def _file_shards(path: str) -> list[Shard]:
         if kind == "json":
             file.seek(0)
             kind = "jsonl" if _holds_lines(file.read(1 << 20)) else kind
-    if kind == "jsonl":
+    if kind in ("jsonl", "txt"):
         edges = [*range(0, size, SHARD_BYTES), size]
         return [Shard(kind, path, start, stop, size=stop - start) for start, stop in pairwise(edges)]
     if kind == "parquet":
@@ -222,15 +244,8 @@ def _open(path: str):
 
 
 def _read_jsonl(shard: Shard) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Lines that begin inside the byte range; a line that straddles its end is read to its end."""
     with _open(shard.name) as file:
-        if shard.start:
-            file.seek(shard.start - 1)
-            file.readline()  # the rest of a line that belongs to the shard before
-        number = -1
-        while file.tell() < shard.stop:
-            line = file.readline()
-            number += 1
+        for number, line in enumerate(_lines(file, shard)):
             if not line.strip():
                 continue
             try:
@@ -240,6 +255,30 @@ def _read_jsonl(shard: Shard) -> Iterator[tuple[int, dict[str, Any]]]:
             if not isinstance(row, dict):
                 raise DataError(f"{shard.where(number)}: expected a JSON object, found: {_shown(line)}")
             yield number, row
+
+
+def _read_txt(shard: Shard) -> Iterator[tuple[int, dict[str, Any]]]:
+    """A text file is one document, in as many rows as it has shards."""
+    text = bytearray()
+    with _open(shard.name) as file:
+        for number, line in enumerate(_lines(file, shard)):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{shard.where(number)}: not UTF-8 ({error.reason}): {_shown(line)}") from None
+            text += line
+        goes_on = bool(file.read(1))
+    if text:
+        yield 0, {"text": text.decode("utf-8" if shard.start else "utf-8-sig"), GOES_ON: goes_on}
+
+
+def _lines(file, shard: Shard) -> Iterator[bytes]:
+    """Lines that begin inside the byte range; a line that straddles its end is read to its end."""
+    if shard.start:
+        file.seek(shard.start - 1)
+        file.readline()  # the rest of a line that belongs to the shard before
+    while file.tell() < shard.stop:
+        yield file.readline()
 
 
 def _shown(line: bytes) -> str:
@@ -309,6 +348,7 @@ def _read_builtin(shard: Shard) -> Iterator[tuple[int, dict[str, Any]]]:
 
 _READERS = {
     "jsonl": _read_jsonl,
+    "txt": _read_txt,
     "json": _read_json,
     "csv": _read_csv,
     "parquet": _read_parquet,

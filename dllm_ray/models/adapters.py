@@ -24,7 +24,7 @@ _NUMBERS = ("embeddings", "head", "vectors", "matrices")
 
 
 def quantization_config(kind: str, dtype: str):
-    """bitsandbytes settings for `4bit` (NF4) or `8bit`.
+    """bitsandbytes settings for `4bit` (NF4 with quantized constants, as in QLoRA, arXiv 2305.14314) or `8bit`.
 
     Raises:
         ModelError: another kind.
@@ -33,7 +33,12 @@ def quantization_config(kind: str, dtype: str):
 
     if kind == "4bit":
         compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=compute,
+            bnb_4bit_use_double_quant=True,
+        )
     if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     raise ModelError(f"quantization {kind!r} is unknown; expected 4bit or 8bit")
@@ -50,7 +55,9 @@ def ready_for_cpu(model) -> None:
 
 
 def add_lora(lm: DiffusionLM, config: LoRAConfig, seed: int) -> DiffusionLM:
-    """The model with a fresh LoRA adapter, whose weights are the only ones that train.
+    """The model with a fresh LoRA adapter. Its weights and those of `trained_modules` are the only ones that train.
+
+    On quantized weights this is QLoRA: they stay as they are, and the update is held in float32 beside them.
 
     Args:
         lm: a model without an adapter.
@@ -58,12 +65,14 @@ def add_lora(lm: DiffusionLM, config: LoRAConfig, seed: int) -> DiffusionLM:
         seed: seeds the adapter's weights; torch's global generator is left as it was.
 
     Raises:
-        ModelError: no module has such a name, or there is an adapter already.
+        ModelError: no module has such a name, it can't be trained, or there is an adapter already.
     """
     from peft import LoraConfig, get_peft_model
 
     if has_adapter(lm.model):
         raise ModelError("the model has an adapter already; merge it into the weights first (jobs/convert.py)")
+    if config.dora:
+        _check_dora(lm.model)
 
     family = families.by_name(lm.spec.family)
     targets = config.targets or (family.lora_targets if family is not None else "all-linear")
@@ -73,17 +82,20 @@ def add_lora(lm: DiffusionLM, config: LoRAConfig, seed: int) -> DiffusionLM:
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
+        use_dora=config.dora,
+        modules_to_save=_trained_modules(lm.model, config.trained_modules) or None,
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
     made_for = fingerprint(lm)
     try:
-        with torch.random.fork_rng(), _literal_targets(lm.model):
+        with torch.random.fork_rng(), _literal_targets(lm.model), _quiet():
             torch.manual_seed(seed)
             model = get_peft_model(lm.model, settings)
     except ValueError as error:
         raise ModelError(
             f"lora.targets {targets!r} fit no module of {type(lm.model).__name__}: {first_line(error)}"
         ) from None
+    _tie_copies(model)
     model.base_fingerprint = made_for
     return DiffusionLM(model, lm.tokenizer, lm.spec)
 
@@ -120,13 +132,14 @@ def add_adapter(lm: DiffusionLM, adapter: str) -> DiffusionLM:
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
     settings = _settings(adapter)
+    if settings.get("use_dora"):
+        _check_dora(lm.model)
     here = fingerprint(lm)
     ours = (Path(adapter) / _BASE).is_file()
     if ours:
         _check_base(lm, adapter, here, read_json(adapter, _BASE), settings)
     try:
-        with warnings.catch_warnings(), _literal_targets(lm.model) if ours else nullcontext():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a name that it has renamed
+        with _quiet(), _literal_targets(lm.model) if ours else nullcontext():
             model = PeftModel.from_pretrained(lm.model, adapter)
             wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
             absent = sorted(set(wanted) - set(load_peft_weights(adapter, device="cpu")))
@@ -137,6 +150,7 @@ def add_adapter(lm: DiffusionLM, adapter: str) -> DiffusionLM:
         ) from error
     if absent:
         raise ModelError(f"{adapter}: {len(absent)} tensors are missing from the adapter, first {absent[0]!r}")
+    _tie_copies(model)
     model.base_fingerprint = here
     return DiffusionLM(model, lm.tokenizer, lm.spec)
 
@@ -165,6 +179,15 @@ def restore(lm: DiffusionLM, directory: str | Path) -> None:
 def has_adapter(model) -> bool:
     """Whether a model carries a PEFT adapter."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def count_parameters(model) -> tuple[int, int]:
+    """All weights of a model, and those that train."""
+    if has_adapter(model):
+        trainable, total = model.get_nb_trainable_parameters()  # knows what 4-bit weights stand for
+        return total, trainable
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
 
 
 def fingerprint(lm: DiffusionLM) -> dict:
@@ -203,7 +226,15 @@ def _corner(table: torch.Tensor) -> list[float]:
 
 def merge(lm: DiffusionLM) -> DiffusionLM:
     """The model with its adapter's updates added to the weights."""
-    return DiffusionLM(lm.model.merge_and_unload(), lm.tokenizer, lm.spec)
+    with _quiet():
+        model = lm.model.merge_and_unload()
+    with torch.no_grad():
+        for tied, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+            # the bias of a trained head, of which the model keeps a second name
+            if model.get_parameter(tied) is not model.get_parameter(source):
+                model.get_parameter(source).copy_(model.get_parameter(tied))
+    model.tie_weights()
+    return DiffusionLM(model, lm.tokenizer, lm.spec)
 
 
 def _settings(adapter: str) -> dict:
@@ -211,6 +242,69 @@ def _settings(adapter: str) -> dict:
     if not file.is_file():
         raise ModelError(f"{adapter}: no {ADAPTER_CONFIG} in it; expected a PEFT adapter directory")
     return read_json(adapter, ADAPTER_CONFIG)
+
+
+def _trained_modules(model, names: list[str]) -> list[str]:
+    """Full names of the modules to train whole. Tied embeddings and head come together.
+
+    Raises:
+        ModelError: there is none of that name, it is quantized, or it holds tied weights among others.
+    """
+    modules = dict(model.named_modules())
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = [key for key, module in modules.items() if module is embeddings or module is head]
+    tied = head is not None and head.weight is embeddings.weight
+    found: set[str] = set()
+    for name in names:
+        keys = {key for key in modules if key and f".{key}".endswith(f".{name}")}
+        if not keys:
+            raise ModelError(
+                f"lora.trained_modules: {type(model).__name__} has no module {name!r}; "
+                f"expected a name, or the end of one, such as {' or '.join(tables)}"
+            )
+        found |= keys
+    if tied and found & set(tables):
+        found |= set(tables)
+    found = {key for key in found if not any(key.startswith(f"{other}.") for other in found)}
+    for key in sorted(found):
+        if not all(parameter.is_floating_point() for parameter in modules[key].parameters()):
+            raise ModelError(
+                f"lora.trained_modules: the weights of {key} are quantized, and only an adapter trains on those; "
+                "leave it out, or the quantization"
+            )
+        inside = [table for table in tables if table.startswith(f"{key}.")]
+        if tied and inside:
+            raise ModelError(
+                f"lora.trained_modules: {key} holds weights tied to those of another module; name {inside[0]} itself"
+            )
+    return sorted(found)
+
+
+def _tie_copies(model) -> None:
+    """Lets the trained copies of tied embeddings and head share one weight, as the originals do."""
+    from peft.utils import ModulesToSaveWrapper
+
+    base = model.get_base_model()
+    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if not (isinstance(embeddings, ModulesToSaveWrapper) and isinstance(head, ModulesToSaveWrapper)):
+        return
+    if embeddings.original_module.weight is head.original_module.weight:
+        head.modules_to_save["default"].weight = embeddings.modules_to_save["default"].weight
+
+
+def _check_dora(model) -> None:
+    if getattr(model, "is_loaded_in_8bit", False):
+        raise ModelError("lora.dora: DoRA works on full or 4-bit weights, not on model.quantization 8bit")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences PEFT where it is wrong: it asks transformers for a name that has changed, and can't know of
+    `_tie_copies`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        yield
 
 
 @contextmanager

@@ -159,7 +159,7 @@ def _family_spec(family: Family, raw: Mapping[str, Any], tokenizer, path: str) -
         shift_logits=family.shift_logits,
         attention="full" if block_size is None else "block_causal",
         block_size=block_size,
-        padding=family.padding,
+        padding=family.padding_for(raw, path),
         sampler=family.sampler_for(raw, path),
     )
 

@@ -52,7 +52,8 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """Type the weights are held in; `auto` keeps the checkpoint's."""
     quantization: Literal["4bit", "8bit"] | None = None
-    """Load the linear layers through bitsandbytes in 4-bit NF4 or in 8 bits."""
+    """Load the linear layers through bitsandbytes in 4-bit NF4 or in 8 bits. Only an adapter trains on them (QLoRA,
+    arXiv 2305.14314); one that was trained so goes on the full weights as well."""
     device_map: str | None = None
     """Spread the layers over a worker's devices: `auto`, `balanced` or `sequential`; null: all on its own device."""
     compile: Literal["default", "reduce-overhead"] | None = None
@@ -69,7 +70,7 @@ class ModelConfig:
 
 @dataclass
 class LoRAConfig:
-    """Low-rank adaptation (arXiv 2106.09685) in place of training every weight."""
+    """Low-rank adaptation (LoRA, arXiv 2106.09685) in place of training every weight."""
 
     rank: int | None = None
     """Rank of the update of each adapted matrix; null trains every weight of the model instead."""
@@ -80,6 +81,12 @@ class LoRAConfig:
     targets: list[str] | None = None
     """Names (or ends of names) of the linear modules to adapt; [all-linear]: all but the head. null: those that the
     family's own recipe adapts."""
+    dora: bool = False
+    """Train the length of each row of an adapted matrix apart from its direction (DoRA, arXiv 2402.09353): slower, and
+    often better at low ranks."""
+    trained_modules: list[str] = field(default_factory=list)
+    """Names (or ends of names) of modules to train whole, in `model.dtype`, and to save with the adapter: e.g. the
+    embeddings and the head where the mask token is new. Tied embeddings and head come together."""
 
     def __post_init__(self):
         if self.rank is not None and self.rank < 1:

@@ -1,14 +1,17 @@
-"""`DiffusionLM`: a transformers model, its tokenizer and its spec, with logits at chosen positions only.
+"""`DiffusionLM`: a transformers model, its tokenizer and its spec, with logits or their cross-entropy at chosen
+positions only.
 
 Shapes: B rows, T positions, H hidden size, V vocabulary, N chosen positions.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from dllm_ray.models.attention import additive, block_causal, can_keep_keys, keep_keys, near
+from dllm_ray.models.attention import Pattern, additive, can_keep_keys, dense, flex, keep_keys, near, visible
+from dllm_ray.models.cross_entropy import cross_entropy, through_head
 from dllm_ray.models.spec import CONFIG_KEY, DiffusionSpec
 
 # Families that count positions from padding_idx + 1 and would skip padding tokens, which a DLM may attend.
@@ -33,6 +36,9 @@ class LogitsModule(nn.Module):
     def __init__(self, model: nn.Module, block_size: int | None = None):
         super().__init__()
         self.model = model
+        self.collective_head = False
+        """Whether a run of the head is a meeting of all workers (ZeRO-3 gathers its weights for each): then all run it
+        equally often, however many positions each has."""
         self._block_size = block_size
         base = _without_adapter(model)
         self._trunk = [base.base_model]  # in a list: it is part of `model` and must not be registered twice
@@ -43,11 +49,14 @@ class LogitsModule(nn.Module):
     def forward(
         self,
         input_ids: Tensor,  # [B, T]
-        attention_mask: Tensor | None = None,  # [B, T] of positions that may be seen, or [B or 1, 1, T, T] as given
+        attention_mask: Tensor | Pattern | None = None,  # [B, T] of positions that may be seen, or who sees whom
         position_ids: Tensor | None = None,  # [B, T]; None: 0, 1, 2, ...
         positions: Tensor | None = None,  # [N], indices into the flattened [B * T] grid; None: all
         past_key_values=None,  # a cache of transformers' kind that knows which positions these are
-    ) -> Tensor:  # [N, V], or [B, T, V] when positions is None
+        targets: Tensor | None = None,  # [N] tokens; then the result is their cross-entropy
+        at_once: int | None = None,  # with targets: positions whose logits are held at a time; None: all
+        most: int | None = None,  # with targets: positions that there may be, the same number on all workers
+    ) -> Tensor:  # [N, V], or [B, T, V] when positions is None, or [N] with targets
         if past_key_values is None:
             attention_mask = self._attention(input_ids, attention_mask, position_ids)
         else:
@@ -66,15 +75,18 @@ class LogitsModule(nn.Module):
         if positions is None:
             return self.model(**arguments).logits
 
-        gathered = False
+        count = len(positions) if most is None or not self.collective_head else most
+        parts = 1 if targets is None or at_once is None else max(1, -(-count // at_once))
+        hidden: list[Tensor] = []  # [N, H], in parts
+        kind = None
 
         def gather(_module, _inputs, output):
-            nonlocal gathered
+            nonlocal kind
             if not hasattr(output, "last_hidden_state"):  # a decoder that doesn't name its trunk (Llama 4)
                 return output
-            hidden_BTH = output.last_hidden_state
-            output.last_hidden_state = hidden_BTH.flatten(0, 1).index_select(0, positions).unsqueeze(0)
-            gathered = True
+            kind = type(output)
+            hidden.extend(output.last_hidden_state.flatten(0, 1).index_select(0, positions).tensor_split(parts))
+            output.last_hidden_state = hidden[0].unsqueeze(0)
             return output
 
         hook = self._trunk[0].register_forward_hook(gather)
@@ -83,35 +95,69 @@ class LogitsModule(nn.Module):
         finally:
             hook.remove()
         # A few architectures call into their trunk past its forward (OPT), or name none: the head saw every position.
-        return logits.squeeze(0) if gathered else logits.flatten(0, 1).index_select(0, positions)
+        logits = logits.squeeze(0) if hidden else logits.flatten(0, 1).index_select(0, positions)
+        if targets is None:
+            return logits
+        if len(hidden) < 2:
+            return cross_entropy(logits, targets)
+        first, *others = targets.tensor_split(parts)
+        base, trunk = _without_adapter(self.model), self._trunk[0]
+        rest = [through_head(base, trunk, kind, *part) for part in zip(hidden[1:], others, strict=True)]
+        return torch.cat([cross_entropy(logits, first), *rest])
 
-    def _attention(self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
-        if self._block_size is not None and (mask is None or mask.dim() == 2):
-            grid = position_ids
-            if grid is None:
-                grid = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
-            mask = block_causal(grid, self._block_size, mask)
-        return mask if mask is None or mask.dim() == 2 else self._explicit(mask)
+    def _attention(self, input_ids: Tensor, mask: Tensor | Pattern | None, position_ids: Tensor | None):
+        """The mask of a forward over all its keys, in the form that the attention takes."""
+        explicit = isinstance(mask, Tensor) and mask.dim() == 4
+        spec_alone = not explicit and not isinstance(mask, Pattern)
+        if (explicit and mask.is_floating_point()) or (spec_alone and self._block_size is None):
+            return mask
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+        if explicit:
+            return self._for_each_layer(lambda window: _within(mask, position_ids, position_ids, window))
+        pattern = visible(position_ids, mask) if spec_alone else mask
+        if pattern.block is None and self._block_size is not None:
+            pattern = replace(pattern, block=pattern.position // self._block_size)
+        make = flex if self._trunk[0].config._attn_implementation == "flex_attention" else dense
+        return self._for_each_layer(lambda window: make(pattern, window))
 
     def _over_keys(self, mask: Tensor | None, position_ids: Tensor, cache):
-        """The mask of a forward that sees the keys of a cache. One that tells queries apart is taken as it is; others
-        leave the layers of an encoder their own patterns."""
-        config = self._trunk[0].config
-        own = mask is None or mask.shape[2] == 1
-        mask = None if mask is None else self._explicit(mask)
-        if self._is_decoder or "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
-            return mask
-        keys = cache.layers[0].get_mask_sizes(position_ids.shape[1])[0]
-        local = near(position_ids, keys, config.sliding_window, mask) if own else mask
-        return {"full_attention": mask, "sliding_attention": local}
+        """The mask of a forward that sees the keys of a cache."""
+        count = cache.layers[0].get_mask_sizes(position_ids.shape[1])[0]
+        keys = torch.arange(count, device=position_ids.device).unsqueeze(0)
+        return self._for_each_layer(lambda window: _within(mask, position_ids, keys, window))
 
-    def _explicit(self, mask: Tensor) -> Tensor:
+    def _for_each_layer(self, mask_of):
+        """A mask, or one for each kind of layer: those with a window of their own see no further than that."""
+        if self._window is None:
+            return self._explicit(mask_of(None))
+        return {
+            "full_attention": self._explicit(mask_of(None)),
+            "sliding_attention": self._explicit(mask_of(self._window)),
+        }
+
+    def _explicit(self, mask):
         """A 4-D mask in the form that the attention takes."""
-        if mask.is_floating_point():
+        if not isinstance(mask, Tensor) or mask.is_floating_point():
             return mask
         mask = mask.bool()
         # "eager" adds a mask to the scores, and would take true for 1.0
         return additive(mask, self._trunk[0].dtype) if _is_eager(self._trunk[0].config) else mask
+
+    @property
+    def _window(self) -> int | None:
+        """How far the local layers of an encoder see to each side; decoders with windows are refused at loading."""
+        config = self._trunk[0].config
+        local = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+        return config.sliding_window if local and not self._is_decoder else None
+
+
+def _within(mask: Tensor | None, queries: Tensor, keys: Tensor, window: int | None) -> Tensor | None:
+    """A mask, or none, cut down to a window around each query."""
+    if window is None:
+        return mask
+    local = near(queries, keys, window)
+    return local if mask is None else mask.bool() & local
 
 
 class DiffusionLM:
@@ -177,7 +223,8 @@ class DiffusionLM:
         Args:
             input_ids: [B, T] token ids.
             attention_mask: [B, T], 1 for positions that may be seen, on top of the spec's attention pattern; None when
-                all may. A 4-D mask [B or 1, 1, T, T], true where a query sees a key, is taken as it is.
+                all may. A 4-D mask [B or 1, 1, T, T], true where a query sees a key, or a `Pattern` stands in place of
+                the spec's. Layers with a window of their own (ModernBERT) see no further than that in any case.
             position_ids: [B, T]; None counts from 0.
             positions: [N] positions of interest, as indices into the flattened [B * T] grid; None for all.
             shift: read the logits one position to the left (position 0 reads its own); None: as the spec says.
@@ -195,6 +242,32 @@ class DiffusionLM:
             return self.module(input_ids, attention_mask, position_ids, source, *cache)
         logits_BTV = self.module(input_ids, attention_mask, position_ids, None, *cache)
         return torch.cat([logits_BTV[:, :1], logits_BTV[:, :-1]], dim=1)
+
+    def nll(
+        self,
+        input_ids: Tensor,  # [B, T]
+        attention_mask: Tensor | Pattern | None,
+        position_ids: Tensor | None,
+        positions: Tensor,  # [N]
+        targets: Tensor,  # [N]
+        shift: bool | None = None,
+        at_once: int | None = None,
+        most: int | None = None,
+    ) -> Tensor:  # [N] float32
+        """Cross-entropy of tokens at positions, without ever holding the vocabulary logits of all of them.
+
+        Args:
+            input_ids, attention_mask, position_ids, positions, shift: as of `logits`.
+            targets: the tokens.
+            at_once: positions whose logits are held at a time; those of the others are made again in the backward
+                pass. None: all.
+            most: how many positions there may be, the same number on all workers; None: as many as there are.
+        """
+        shift = self.spec.shift_logits if shift is None else shift
+        if shift:
+            positions = positions - (positions % input_ids.shape[1] > 0).long()
+        arguments = {"targets": targets, "at_once": at_once, "most": most}
+        return self.module(input_ids, attention_mask, position_ids, positions, **arguments)
 
     def compile(self, mode: str = "default") -> None:
         """Compiles the model's forward with `torch.compile`; `reduce-overhead` uses CUDA graphs where shapes repeat."""

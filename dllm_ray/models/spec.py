@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dllm_ray.errors import ModelError
 
@@ -15,6 +15,9 @@ ORIGINAL_KEY = "original_config"
 
 IGNORE_INDEX = -100
 """Label of a position that carries no loss and is never masked, as in transformers and torch."""
+
+Padding = Literal["eos", "ignore", "block", "eos_block"]
+"""How rows of a batch are filled up in training; `data.batches.PaddingRule` says what each means."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,13 @@ class DiffusionSpec:
     at position 0."""
     block_size: int | None = None
     """Positions in a block where attention is block-causal."""
-    padding: Literal["eos", "ignore"] = "eos"
+    padding: Padding = "eos"
     """How the model's own recipe fills up rows in training; `data.padding` overrides it."""
     sampler: Mapping[str, Any] = field(default_factory=dict)
     """Default sampler settings, by the names of `SamplerConfig`."""
 
     def __post_init__(self):
-        for name, known in (("attention", ("full", "block_causal")), ("padding", ("eos", "ignore"))):
+        for name, known in (("attention", ("full", "block_causal")), ("padding", get_args(Padding))):
             if getattr(self, name) not in known:
                 raise ModelError(f"{name}: expected {' or '.join(known)}, got {getattr(self, name)!r}")
         if self.attention == "block_causal" and not (isinstance(self.block_size, int) and self.block_size > 0):

@@ -3,11 +3,14 @@
 from dllm_ray._lazy import exporter
 
 _EXPORTS = {
-    "LossResult": "dllm_ray.objectives.mdlm",
+    "BD3LM": "dllm_ray.objectives.bd3lm",
+    "LossResult": "dllm_ray.objectives.batch",
     "MDLM": "dllm_ray.objectives.mdlm",
-    "NoisyBatch": "dllm_ray.objectives.mdlm",
-    "Part": "dllm_ray.objectives.mdlm",
+    "MaskedDiffusion": "dllm_ray.objectives.masked",
+    "NoisyBatch": "dllm_ray.objectives.batch",
+    "Part": "dllm_ray.objectives.batch",
+    "build": "dllm_ray.objectives.registry",
 }
-__all__ = ["MDLM", "LossResult", "NoisyBatch", "Part"]
+__all__ = ["BD3LM", "MDLM", "LossResult", "MaskedDiffusion", "NoisyBatch", "Part", "build"]
 
 __getattr__ = exporter(__name__, _EXPORTS)

@@ -1,12 +1,12 @@
 """What a training checkpoint holds, and how a finished one becomes `final/`.
 
-A checkpoint is the strategy's model and optimizer state, plus:
-
     config.yaml   the run's resolved settings
-    state.json    step, validation nll
+    state.json    step, validation nll, and where the data stand
+    model/        the model as a Hugging Face directory: always with ddp, in the last checkpoint and in those that are
+                  looked at (`observe`) with strategies that keep shards
+    ...           what the strategy needs to go on: optimizer state, shards
 
-The noise and the order of the data follow from the seed and the step (`loop`, `data.plan`), so nothing else is needed
-to go on.
+The noise follows from the seed and the step (`loop`), so nothing else is needed to go on.
 """
 
 import json
@@ -22,11 +22,24 @@ from dllm_ray.training.strategies.base import Strategy
 STATE = "state.json"
 SETTINGS = "config.yaml"
 PROVENANCE = "provenance.json"
+MODEL = "model"
 
 
-def save(directory: Path, strategy: Strategy, settings: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Writes a checkpoint; every worker calls it with a folder of its own."""
+def save(
+    directory: Path, strategy: Strategy, settings: Mapping[str, Any], state: Mapping[str, Any], model: bool
+) -> None:
+    """Writes a checkpoint; every worker calls it with a folder of its own.
+
+    Args:
+        directory: where to write this worker's part.
+        strategy: holds model and optimizer.
+        settings: the run's resolved settings.
+        state: what else the run needs to go on.
+        model: whether the model must be there as a Hugging Face directory, for others to load.
+    """
     strategy.save(directory)
+    if model and not (directory / MODEL).is_dir():  # ddp's own state holds it
+        strategy.export(directory / MODEL)
     if strategy.rank == 0:
         (directory / SETTINGS).write_text(to_yaml(settings), encoding="utf-8")
         (directory / STATE).write_text(json.dumps(dict(state)), encoding="utf-8")
@@ -42,14 +55,15 @@ def export(checkpoint: Path, target: Path, card: str, provenance: Mapping[str, A
     """Turns a checkpoint into a plain Hugging Face directory, complete or not there at all.
 
     Args:
-        checkpoint: a checkpoint's folder.
+        checkpoint: the folder of a checkpoint that holds the model.
         target: the directory to make; an older one is replaced.
         card: text of its README.md.
         provenance: where the model comes from: run, data, settings.
     """
     temporary = target.with_name(f"{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(checkpoint, temporary, ignore=shutil.ignore_patterns("optimizer*", STATE, ".*"))
+    shutil.copytree(checkpoint / MODEL, temporary)
+    shutil.copy(checkpoint / SETTINGS, temporary)
     (temporary / "README.md").write_text(card, encoding="utf-8")
     (temporary / PROVENANCE).write_text(json.dumps(dict(provenance), indent=2, default=str), encoding="utf-8")
     replace_directory(temporary, target)

@@ -7,13 +7,36 @@ from dllm_ray.errors import ConfigError
 
 
 @dataclass
+class Elastic:
+    """A number of workers that follows what the cluster has."""
+
+    min: int
+    """Fewest workers to train with; below it the run waits."""
+    max: int
+    """Most workers."""
+
+    def __post_init__(self):
+        if not 1 <= self.min <= self.max:
+            raise ConfigError(f"expected 1 <= min <= max, got min {self.min}, max {self.max}", "min")
+
+
+@dataclass
 class TrainConfig:
     """How long, how fast, on how many workers, and what is kept."""
 
-    strategy: Literal["ddp"] = "ddp"
-    """How the model is spread over workers. ddp: a copy on each, gradients averaged."""
-    workers: int | None = None
-    """Ray Train workers; null: one for each GPU of the cluster, or 2 where there is none."""
+    strategy: Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"] = "ddp"
+    """How the model is spread over workers. ddp: a copy on each. fsdp2: weights, gradients and optimizer state in
+    shards, gathered layer by layer (torch's `fully_shard`, arXiv 2304.11277). zero1, zero2, zero3: DeepSpeed ZeRO
+    (arXiv 1910.02054), which shards the optimizer state, then gradients too, then weights too."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What lies in host memory between its uses. optimizer: state and update of AdamW (zero1 to zero3); all: the
+    weights too (fsdp2, zero3)."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of each layer for the backward pass and compute the rest again: less memory, about a third
+    more work."""
+    workers: int | Elastic | None = None
+    """Ray Train workers; null: one for each GPU of the cluster, or 2 where there is none. `{min: 1, max: 8}`: as many
+    as the cluster has room for, again after a node is lost or added."""
     cpus_per_worker: float | None = None
     """CPUs each worker reserves; null: 1, or less where the cluster would have none left for data and evaluation."""
     gpus_per_worker: float | None = None
@@ -52,13 +75,15 @@ class TrainConfig:
     """Steps between checkpoints, beside one at the end; null: at every second validation."""
     keep_checkpoints: int = 2
     """Checkpoints kept: the best by validation nll, and always the latest."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that isn't finite leads to: the run ends and names the rows, or the step is left out."""
     max_failures: int = 3
     """Restarts from the last checkpoint after lost workers before the run is given up."""
     storage_path: str | None = None
     """Where workers write checkpoints: a folder all nodes share, or s3://, gs://...; null: the output folder."""
 
     def __post_init__(self):
-        at_least_one = ("workers", "threads_per_worker", "batch_size", "micro_batch_size", "max_steps", "max_length")
+        at_least_one = ("threads_per_worker", "batch_size", "micro_batch_size", "max_steps", "max_length")
         for name in (*at_least_one, "log_every", "validate_every", "checkpoint_every", "keep_checkpoints"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -76,5 +101,12 @@ class TrainConfig:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"must lie in [0, 1), got {list(self.betas)}", "betas")
         self.betas = tuple(self.betas)
-        if self.workers is not None and self.batch_size < self.workers:
-            raise ConfigError(f"{self.batch_size} rows can't be shared by {self.workers} workers", "batch_size")
+        if isinstance(self.workers, int) and self.workers < 1:
+            raise ConfigError(f"must be at least 1, got {self.workers}", "workers")
+        most = self.workers.max if isinstance(self.workers, Elastic) else self.workers
+        if most is not None and self.batch_size < most:
+            raise ConfigError(f"{self.batch_size} rows can't be shared by {most} workers", "batch_size")
+        if self.offload == "optimizer" and not self.strategy.startswith("zero"):
+            raise ConfigError(f"optimizer offload is for zero1, zero2 and zero3, not {self.strategy}", "offload")
+        if self.offload == "all" and self.strategy not in ("fsdp2", "zero3"):
+            raise ConfigError(f"the weights are offloaded by fsdp2 and zero3, not {self.strategy}", "offload")

@@ -1,8 +1,12 @@
-"""Measures a stream of training batches: tokens per second, and how much of the time was spent waiting for data."""
+"""Measures training: tokens per second, how much of the time was spent waiting for data, and memory."""
 
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
 
 from dllm_ray.training.loop import Batch
 
@@ -49,3 +53,11 @@ class Meter:
         figures = {"train/tokens_per_s": self._tokens / seconds, "train/data_wait": self._waited / seconds}
         self._tokens, self._waited, self._began = 0, 0.0, now
         return figures
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory held at once so far, in 10^9 bytes: by tensors on a GPU, by the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,27 +1,42 @@
 """What a training run says of itself: lines in the terminal, facts and metrics for the tracking store, a model card."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from dllm_ray.config import to_dict, to_yaml
 from dllm_ray.data.prepare import Prepared
+from dllm_ray.data.tokenize import Account
 from dllm_ray.sampling.config import SamplerConfig
 from dllm_ray.tracking import Run
 from dllm_ray.viz.terminal import Progress
 
 _SHOWN_SAMPLES = 3
+_NOT_IN_NAMES = re.compile(r"[^\w\-./: ]")
+"""Characters that MLflow takes in no metric's name."""
 _SHOWN_REASONS = 10
 
 
 def data_line(prepared: Prepared) -> str:
     """What became of the rows, in a few lines for people."""
     account = prepared.account
-    held = sum(map(len, prepared.held_out))
-    lines = [
-        f"data      {account.read:,} rows read, {account.usable:,} usable ({account.truncated:,} of them cut), "
-        f"{account.tokens:,} tokens; {prepared.plan.rows:,} rows to train on, {len(prepared.valid):,} for validation"
-        + (f" ({held:,} held out)" if held else "")
-    ]
+    if prepared.surveyed:
+        lines = [
+            f"data      {account.read:,} rows read, {account.usable:,} usable ({account.truncated:,} of them cut), "
+            f"{account.tokens:,} tokens; {prepared.rows:,} rows to train on, {len(prepared.valid):,} for validation"
+            + (f" ({prepared.held_out:,} held out)" if prepared.held_out else "")
+        ]
+    else:
+        lines = [
+            f"data      tokenized ahead of training; of the first {account.read:,} rows {account.usable:,} are usable, "
+            f"{len(prepared.valid):,} rows for validation"
+        ]
+    if len(prepared.accounts) > 1:
+        lines += [
+            f"          {name}: {part.usable:,} usable rows, {part.tokens:,} tokens"
+            for name, part in prepared.accounts.items()
+        ]
     reasons = account.dropped.most_common()
     for reason, count in reasons[:_SHOWN_REASONS]:
         lines.append(f"          dropped {count:,}: {reason}; the first: {account.examples[reason]}")
@@ -31,23 +46,51 @@ def data_line(prepared: Prepared) -> str:
     return "\n".join(lines)
 
 
-def data_facts(prepared: Prepared) -> dict[str, Any]:
-    """The same for machines."""
-    account = prepared.account
+def data_facts(
+    prepared: Prepared,
+    accounts: Mapping[str, Account] | None = None,
+    given: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, Any]:
+    """The same for machines, source by source.
+
+    Args:
+        prepared: the run's data.
+        accounts: what became of the rows read so far, of each source, where it wasn't known beforehand.
+        given: rows and tokens that each source gave to training so far.
+    """
+    accounts = prepared.accounts if prepared.surveyed or not accounts else accounts
     return {
-        "sources": sorted({shard.name for shard in prepared.source.corpus.shards}),
-        "formats": sorted({rules.row_format for rules in prepared.source.corpus.rules}),
-        "rows_read": account.read,
-        "rows_usable": account.usable,
-        "rows_truncated": account.truncated,
-        "rows_train": prepared.plan.rows,
+        "surveyed": prepared.surveyed,
+        "rows_train": prepared.rows,
         "rows_valid": len(prepared.valid),
-        "tokens": account.tokens,
-        "target_tokens": account.targets,
-        "dropped": dict(account.dropped),
-        "dropped_first": account.examples,
-        "fingerprint": account.digest,
+        "fingerprint": prepared.fingerprint,
+        "sources": {
+            name: {
+                "rows_read": account.read,
+                "rows_usable": account.usable,
+                "rows_truncated": account.truncated,
+                "tokens": account.tokens,
+                "target_tokens": account.targets,
+                "dropped": dict(account.dropped),
+                "dropped_first": account.examples,
+                **dict(zip(("given_rows", "given_tokens"), (given or {}).get(name, ()), strict=False)),
+            }
+            for name, account in accounts.items()
+        },
     }
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a look at a checkpoint found (`observe`)."""
+
+    step: int
+    samples: list[dict[str, str]] = field(default_factory=list)
+    """`prompt`, `expected`, `sampled`."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """`eval/<task>/<metric>`."""
+    problems: list[str] = field(default_factory=list)
+    """Why samples or metrics are missing."""
 
 
 class Watcher:
@@ -56,13 +99,16 @@ class Watcher:
     Args:
         steps: steps of the whole run.
         run: where to record.
+        prepared: the run's data.
     """
 
-    def __init__(self, steps: int, run: Run):
+    def __init__(self, steps: int, run: Run, prepared: Prepared):
         self._steps = steps
         self._run = run
+        self._prepared = prepared
         self._progress: Progress | None = None
         self._valid: float | None = None
+        self.skipped = 0
         self.parameters = 0
         self.architecture = ""
         self.history: list[tuple[int, float]] = []
@@ -105,25 +151,49 @@ class Watcher:
 
     def _on_checkpoint(self, step: int, event: Mapping[str, Any]) -> None:
         self._run.tag({"dllm_ray.checkpoint_step": step})
+        self._run.json("data.json", data_facts(self._prepared, event["accounts"], event["given"]))
+        given = event["given"]
+        total = sum(tokens for _, tokens in given.values())
+        if len(given) > 1:
+            shares = {name: tokens / total for name, (_, tokens) in given.items()}
+            named = {f"data/{_NOT_IN_NAMES.sub('_', name)}/token_share": share for name, share in shares.items()}
+            self._run.log(named, step)
 
-    def _on_samples(self, step: int, event: Mapping[str, Any]) -> None:
-        self._run.json("samples.json", event["samples"])
-        self.close()
-        if event["problem"]:
-            print(f"sample    none: {event['problem']}")
-        for sample in event["samples"][:_SHOWN_SAMPLES]:
-            print(f"sample    {sample['prompt']!r} -> {sample['sampled']!r} (expected {sample['expected']!r})")
+    def _on_not_finite(self, step: int, event: Mapping[str, Any]) -> None:
+        self.skipped += 1
+        self._run.log({"train/skipped_steps": self.skipped}, step)
+        self._progress.note(f"skipped   {event['what']}")
+
+    def on_seen(self, seen: Seen) -> None:
+        """Handles what a look at a checkpoint found."""
+        if seen.samples:
+            self._run.json(f"samples/step_{seen.step:08d}.json", seen.samples)
+        if seen.metrics:
+            self._run.log(seen.metrics, seen.step)
+        lines = [f"look      none at step {seen.step}: {problem}" for problem in seen.problems]
+        if seen.metrics:
+            scores = ", ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in seen.metrics.items())
+            lines.append(f"look      step {seen.step}: {scores}")
+        shown = seen.samples[:_SHOWN_SAMPLES] if seen.step == self._steps else []
+        lines += [
+            f"sample    {sample['prompt']!r} -> {sample['sampled']!r} (expected {sample['expected']!r})"
+            for sample in shown
+        ]
+        if lines:
+            self._progress.note("\n".join(lines))
 
     def _on_user_error(self, step: int, event: Mapping[str, Any]) -> None:
         self.close()
 
 
-def model_card(settings: Mapping[str, Any], prepared: Prepared, watcher: Watcher) -> str:
+def model_card(settings: Mapping[str, Any], job: str, prepared: Prepared, watcher: Watcher) -> str:
     """The README.md of a trained model."""
     start = settings["model"]["path"] or "random weights"
     nll = [f"| {step} | {value:.4f} |" for step, value in watcher.history]
     table = "\n".join(["| step | validation nll |", "|---|---|", *nll]) if nll else "Not validated."
     defaults = to_dict(SamplerConfig())
+    data = ", ".join(prepared.accounts)
+    rows = f": {prepared.rows:,} rows to train on" if prepared.surveyed else ""
     sampler = ", ".join(f"{key}={value!r}" for key, value in settings["sampler"].items() if value != defaults[key])
     return f"""---
 library_name: transformers
@@ -131,10 +201,10 @@ tags: [diffusion-language-model, dllm_ray]
 ---
 # {settings["output_dir"].rstrip("/").rpartition("/")[2]}
 
-A diffusion language model ({watcher.architecture}, {watcher.parameters:,} parameters), trained by `jobs/sft.py` from
+A diffusion language model ({watcher.architecture}, {watcher.parameters:,} parameters), trained by `jobs/{job}.py` from
 {start} with the objective {settings["objective"]["name"]}.
 
-Data: {settings["data"]["path"]}: {prepared.plan.rows:,} rows to train on, fingerprint `{prepared.account.digest[:16]}`.
+Data: {data}{rows}, fingerprint `{prepared.fingerprint[:16]}`.
 
 {table}
 

@@ -30,7 +30,7 @@ _LOCK = ".lock"
 _FREE = (
     "fresh",
     "output_dir",
-    "sample_rows",
+    "observe.",
     "sampler.",
     "tracking.",
     "train.workers",
@@ -39,6 +39,7 @@ _FREE = (
     "train.threads_per_worker",
     "train.micro_batch_size",
     "train.max_failures",
+    "train.on_nan",
     "train.log_every",
 )
 

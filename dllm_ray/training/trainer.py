@@ -1,11 +1,12 @@
 """Ray Train around the loop: places workers, feeds them, keeps checkpoints, restarts after failures.
 
 Workers talk to the driver through a small actor, `_Mailbox`: metrics, validation results, sample texts. So the driver
-alone draws progress and writes to the tracking store, wherever the workers are.
+alone draws progress and writes to the tracking store, wherever the workers are. The other way, it carries the wish to
+stop: after an interrupt the workers save a checkpoint and end.
 """
 
 import dataclasses
-import math
+import errno
 import os
 import re
 import tempfile
@@ -22,25 +23,23 @@ import ray.train
 import ray.train.torch
 import torch
 
-from dllm_ray import chat
 from dllm_ray.cluster import Shares
 from dllm_ray.data.batches import PaddingRule, deal, pad
 from dllm_ray.data.mixture import GlobalBatches, TrainStream, WorkerBatches
 from dllm_ray.data.tokenize import TokenRows
-from dllm_ray.errors import ConfigError, DllmRayError, TrainingError
-from dllm_ray.models.adapters import add_lora
+from dllm_ray.errors import DllmRayError, TrainingError
+from dllm_ray.models.adapters import add_lora, count_parameters
 from dllm_ray.models.config import LoRAConfig, ModelConfig
 from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.models.load import open_model
-from dllm_ray.models.spec import IGNORE_INDEX, DiffusionSpec
+from dllm_ray.models.spec import DiffusionSpec
+from dllm_ray.objectives import Part, build
 from dllm_ray.objectives.config import ObjectiveConfig
-from dllm_ray.objectives.mdlm import MDLM, Part
 from dllm_ray.sampling.config import SamplerConfig
-from dllm_ray.sampling.sampler import Sampler
 from dllm_ray.training import checkpoint as checkpoints
 from dllm_ray.training.config import TrainConfig
 from dllm_ray.training.loop import Batch, StepResult, train_steps, validate
-from dllm_ray.training.meter import Meter
+from dllm_ray.training.meter import Meter, peak_memory_gb
 from dllm_ray.training.strategies import wrap
 from dllm_ray.training.strategies.base import Strategy
 
@@ -48,9 +47,14 @@ from dllm_ray.training.strategies.base import Strategy
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1.0")
 
 _DRIVER_PATIENCE_S = 30.0
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+_MOST_SKIPPED = 10
+"""Steps in a row that may be left out for a gradient that isn't finite, before the run has diverged."""
 
 Event = dict[str, Any]
-"""What a worker tells the driver: `kind` (start, metrics, valid, checkpoint, samples), `step`, and values."""
+"""What a worker tells the driver: `kind` (start, metrics, valid, checkpoint, not_finite, user_error), `step`, and
+values."""
 
 
 @dataclass(frozen=True)
@@ -64,25 +68,15 @@ class TrainTask:
     train: TrainConfig
     """Resolved: no field that the run depends on is null."""
     sampler: SamplerConfig
-    """How the sample texts at the end are made."""
-    sample_rows: int
-    """How many validation rows get a sample text."""
+    """Kept with the model as its default settings."""
+    look_every: int | None
+    """Checkpoints between those that hold the model for an observer; None: only the last does."""
     seed: int
     total_steps: int
-    epoch_rows: int
-    """Rows in one pass over the data."""
     valid: TokenRows
     padding: PaddingRule
     settings: Mapping[str, Any]
     """The resolved settings of the job, saved with each checkpoint."""
-
-
-def total_steps(config: TrainConfig, rows: int) -> tuple[int, int]:
-    """Optimizer steps and rows of a run over a data set of `rows` rows."""
-    if config.max_steps is not None:
-        return config.max_steps, config.max_steps * config.batch_size
-    all_rows = max(round(config.epochs * rows), 1)
-    return -(-all_rows // config.batch_size), all_rows
 
 
 def fit(
@@ -92,6 +86,7 @@ def fit(
     storage_path: str,
     name: str,
     on_events: Callable[[list[Event]], None],
+    where: Callable[[int, int, int], str],
 ) -> ray.train.Checkpoint:
     """Trains, and returns the last checkpoint.
 
@@ -104,10 +99,13 @@ def fit(
         storage_path: folder or URL that every node can reach.
         name: folder below it for the run's checkpoints.
         on_events: called in this thread with what workers report, every half second.
+        where: names a row of the data by source, shard and number (`Prepared.where`).
 
     Raises:
         DllmRayError: a worker met a user error.
         TrainingError: workers failed more often than `train.max_failures` allows.
+        KeyboardInterrupt: the user interrupted, and the workers have saved a checkpoint; at once at a second time, or
+            before training began.
     """
     mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
     scored = {"checkpoint_score_attribute": "valid_nll", "checkpoint_score_order": "min"} if len(task.valid) else {}
@@ -116,7 +114,9 @@ def fit(
         _train_worker,
         train_loop_config={"task": task, "mailbox": mailbox},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=shares.workers, use_gpu=shares.gpus > 0, resources_per_worker=resources
+            num_workers=shares.workers if shares.most is None else (shares.workers, shares.most),
+            use_gpu=shares.gpus > 0,
+            resources_per_worker=resources,
         ),
         run_config=ray.train.RunConfig(
             name=name,
@@ -129,29 +129,63 @@ def fit(
     )
     # In a thread of its own, so that an interrupt reaches us and not Train, which would end the process with status 0.
     outcome: dict[str, Any] = {}
-    thread = threading.Thread(target=_fit_into, args=(trainer, outcome), daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.5)
-        events = ray.get(mailbox.drain.remote())
-        on_events(events)
+    ended = threading.Event()  # an interrupted `Thread.join` would take the thread for ended
+    threading.Thread(target=_fit_into, args=(trainer, outcome, ended), daemon=True).start()
+    began = interrupted = False
+    while not ended.is_set():
+        try:
+            ended.wait(0.5)
+            events = _drain(mailbox, where)
+            on_events(events)
+        except KeyboardInterrupt:
+            if interrupted or not began:
+                raise
+            interrupted = True
+            print("\ninterrupted: saving a checkpoint; a second interrupt ends the run at once", flush=True)
+            mailbox.stop.remote()
+            continue
+        began = began or any(event["kind"] == "start" for event in events)
         for event in events:
             if event["kind"] == "user_error":
                 raise event["error"]
-    on_events(ray.get(mailbox.drain.remote()))
+    on_events(_drain(mailbox, where))
     if "error" in outcome:
         raise TrainingError(_reason(outcome["error"])) from outcome["error"]
     result = outcome["result"]
     if result.checkpoint is None:
         raise TrainingError("training ended without a checkpoint")
+    if result.metrics["step"] < task.total_steps:
+        raise KeyboardInterrupt
     return result.checkpoint
 
 
-def _fit_into(trainer: ray.train.torch.TorchTrainer, outcome: dict[str, Any]) -> None:
+def _drain(mailbox, where: Callable[[int, int, int], str]) -> list[Event]:
+    """The workers' events; those that name rows by number get their names."""
+    events = ray.get(mailbox.drain.remote())
+    for event in events:
+        if event["kind"] == "not_finite":
+            names = [where(source, shard, number) for _, source, shard, number in event["origins"]]
+            blame = f"; rows whose loss isn't finite: {'; '.join(names)}" if names else ""
+            event["what"] = f"step {event['step']}: the gradient's norm is {event['norm']:g}{blame}"
+            if event["fatal"]:
+                advice = (
+                    "Mend or filter the rows, or leave such steps out with --train.on_nan skip"
+                    if names
+                    else f"Lower train.learning_rate (now {event['learning_rate']:.3g}), or raise train.warmup"
+                )
+                event |= {
+                    "kind": "user_error",
+                    "error": TrainingError(f"the run diverged at {event['what']}. {advice}"),
+                }
+    return events
+
+
+def _fit_into(trainer: ray.train.torch.TorchTrainer, outcome: dict[str, Any], ended: threading.Event) -> None:
     try:
         outcome["result"] = trainer.fit()
     except BaseException as error:
         outcome["error"] = error
+    ended.set()
 
 
 def _reason(error: BaseException) -> str:
@@ -175,6 +209,7 @@ class _Mailbox:
 
     def __init__(self):
         self._events: list[Event] = []
+        self._stop = False
 
     def post(self, event: Event) -> None:
         self._events.append(event)
@@ -187,6 +222,14 @@ class _Mailbox:
         """Events that the driver has not taken yet."""
         return len(self._events)
 
+    def stop(self) -> None:
+        """The driver wants the workers to save a checkpoint and end."""
+        self._stop = True
+
+    def stopping(self) -> bool:
+        """Whether it does."""
+        return self._stop
+
 
 def _train_worker(config: dict[str, Any]) -> None:
     """Runs on each worker: wires model, data, objective and strategy to the loop."""
@@ -194,7 +237,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     try:
         _Worker(task, mailbox).run()
     except DllmRayError as error:
-        # restarting can't mend it: tell the driver, which ends the run
+        # restarting can't mend it: tell the driver, which ends the run at the first such event
         ray.get(mailbox.post.remote({"kind": "user_error", "step": 0, "error": error}))
         raise
 
@@ -209,71 +252,101 @@ class _Worker:
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(task.train.threads_per_worker or max(cores // self.context.get_local_world_size(), 1))
         lm = open_model(task.model, task.tokenizer, task.seed, str(device))
-        lm.spec = with_sampler(lm.spec, task.sampler)
+        lm.spec = trained_spec(lm, task.objective, task.sampler)
         if task.lora.rank is not None:
             lm = add_lora(lm, task.lora, task.seed)
+        self.parameters, self.trainable = count_parameters(lm.model)  # a strategy may cut them up
         self.strategy: Strategy = wrap(lm, task.train)
-        self.objective = build_objective(task.objective, self.strategy.lm)
+        self.objective = build(task.objective, lm.spec)
+        self.shard: WorkerBatches = ray.train.get_dataset_shard("train")
         self.valid_nll: float | None = None
+        self.checkpoints = 0
+        self.skipped, self._last_skipped = 0, -1
+        self._stopping: ray.ObjectRef | None = None
 
     def run(self) -> None:
         task, train = self.task, self.task.train
-        step = self._restore()
-        model = self.strategy.lm.model
+        step, cursor = self._restore()
         self._post(
             "start",
             step,
             workers=self.strategy.world_size,
-            device=str(self.strategy.lm.device),
+            device=str(self.strategy.device),
             architecture=self.strategy.lm.architecture,
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-            trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+            parameters=self.parameters,
+            trainable=self.trainable,
         )
         if step == 0:
             self._validate(step)
-        shard: WorkerBatches = ray.train.get_dataset_shard("train")
-        meter = Meter(self._batches(shard, step))
+        meter = Meter(self._batches(step, cursor))
         validate_every = train.validate_every or max(task.total_steps // 10, 1)
         checkpoint_every = train.checkpoint_every or 2 * validate_every
         for result in train_steps(
-            self.strategy, self.objective, meter, train, task.total_steps, task.seed, start_step=step
+            self.strategy, self.objective, meter, train, task.total_steps, task.seed, step, self._asked_to_stop
         ):
-            meter.count(result.tokens)
             step = result.step
-            last = step == task.total_steps
+            meter.count(result.batch.tokens)
+            if not result.finite:
+                with meter.paused():
+                    self._not_finite(result)
+            last = step == task.total_steps or result.stop
             due = last or step % checkpoint_every == 0
-            if due or step == 1 or step % train.log_every == 0:
+            if result.finite and (due or step == 1 or step % train.log_every == 0):
                 self._log(result, meter)
             if due or step % validate_every == 0:
                 with meter.paused():
-                    self._validate(step)
+                    if not result.stop:
+                        self._validate(step)
                     if due:
-                        self._checkpoint(step)
-        if step == task.total_steps:
-            self._samples(step)
+                        self._checkpoint(step, result.batch.cursor)
+            if last:
+                return
 
-    def _restore(self) -> int:
+    def _restore(self) -> tuple[int, Mapping[str, Any] | None]:
+        """The step to go on from, and where the data stood then."""
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
-            return 0
+            return 0, None
         with checkpoint.as_directory() as directory:
             state = checkpoints.restore(Path(directory), self.strategy)
-        self.valid_nll = state["valid_nll"]
-        return state["step"]
+        self.valid_nll, self.checkpoints = state["valid_nll"], state["checkpoints"]
+        return state["step"], state["data"]
 
-    def _batches(self, shard: WorkerBatches, step: int) -> Iterator[Batch]:
-        for batch in shard.start(step):
+    def _batches(self, step: int, cursor: Mapping[str, Any] | None) -> Iterator[Batch]:
+        for batch in self.shard.start(step, cursor):
             tensors = {name: torch.from_numpy(array) for name, array in batch.arrays.items()}
-            yield Batch(tensors, Part(batch.start, batch.total), batch.tokens)
+            yield Batch(tensors, Part(batch.start, batch.total), batch.tokens, batch.origins, batch.cursor)
+
+    def _asked_to_stop(self) -> bool:
+        """Asks the mailbox without waiting for its answer: what it said last."""
+        if self.strategy.rank:
+            return False
+        if self._stopping is None:
+            self._stopping = self.mailbox.stopping.remote()
+        if not ray.wait([self._stopping], timeout=0)[0]:
+            return False
+        stop, self._stopping = ray.get(self._stopping), None
+        return stop
+
+    def _not_finite(self, result: StepResult) -> None:
+        """Tells the driver which rows are to blame; ends the run unless the settings say to leave such steps out."""
+        self.skipped = self.skipped + 1 if self._last_skipped == result.step - 1 else 1
+        self._last_skipped = result.step
+        fatal = self.task.train.on_nan == "stop" or self.skipped >= _MOST_SKIPPED
+        rows = np.isin(result.batch.origins[:, 0], result.poisoned)
+        self._post(
+            "not_finite",
+            result.step,
+            fatal=fatal,
+            norm=result.grad_norm.item(),
+            learning_rate=result.learning_rate,
+            origins=result.batch.origins[rows].tolist(),
+        )
+        if fatal:
+            raise TrainingError(f"the run diverged at step {result.step}")
 
     def _log(self, result: StepResult, meter: Meter) -> None:
         loss, nll_sum, targets = self.strategy.sum(result.loss, result.nll_sum, result.targets)
-        if not (loss.isfinite() and result.grad_norm.isfinite()):
-            raise TrainingError(
-                f"the run diverged: at step {result.step} the loss is {loss.item():g} and the gradient's norm "
-                f"{result.grad_norm.item():g}, with a learning rate of {result.learning_rate:.3g}. Lower "
-                "train.learning_rate, or raise train.warmup"
-            )
         self._post(
             "metrics",
             result.step,
@@ -282,7 +355,8 @@ class _Worker:
                 "train/nll": (nll_sum / targets.clamp(min=1)).item(),
                 "train/grad_norm": result.grad_norm.item(),
                 "train/learning_rate": result.learning_rate,
-                "train/epoch": result.step * self.task.train.batch_size / self.task.epoch_rows,
+                "train/epoch": result.batch.cursor["epoch"],
+                "train/peak_memory_gb": peak_memory_gb(self.strategy.device),
                 **meter.read(),
             },
         )
@@ -290,7 +364,7 @@ class _Worker:
     def _validate(self, step: int) -> None:
         if not len(self.task.valid):
             return
-        nll, _ = validate(self.strategy, self.objective, self._valid_batches(), self.task.train, self.task.seed)
+        nll, _ = validate(self.strategy, self.objective, self._valid_batches(), self.task.seed)
         self.valid_nll = nll
         self._post("valid", step, values={"valid/nll": nll, "valid/ppl": float(torch.tensor(nll).exp())})
 
@@ -304,19 +378,37 @@ class _Worker:
             part = Part(self.strategy.rank * len(parts[0]["input_ids"]), len(rows))
             yield Batch(tensors, part, int(rows.lengths.sum()))
 
-    def _checkpoint(self, step: int) -> None:
+    def _checkpoint(self, step: int, cursor: Mapping[str, Any]) -> None:
+        task = self.task
+        self.checkpoints += 1
         metrics = {"step": step} | ({} if self.valid_nll is None else {"valid_nll": self.valid_nll})
-        with tempfile.TemporaryDirectory() as folder:
-            state = {"step": step, "valid_nll": self.valid_nll}
-            checkpoints.save(Path(folder), self.strategy, self.task.settings, state)
-            if self.strategy.rank == 0:
-                self._until_told()
-            files = ray.train.Checkpoint.from_directory(folder) if any(Path(folder).iterdir()) else None
-            ray.train.report(metrics, checkpoint=files)
-            # `report` returns before Train has the checkpoint on record; a failure now would go back to the one before
-            committed = ray.train.CheckpointConsistencyMode.COMMITTED
-            ray.train.get_all_reported_checkpoints(consistency_mode=committed)
-        self._post("checkpoint", step)
+        state = {"step": step, "valid_nll": self.valid_nll, "checkpoints": self.checkpoints, "data": cursor}
+        looked_at = task.look_every is not None and self.checkpoints % task.look_every == 0
+        model = looked_at or step == task.total_steps
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                checkpoints.save(Path(folder), self.strategy, task.settings, state, model)
+                if self.strategy.rank == 0:
+                    self._until_told()
+                files = ray.train.Checkpoint.from_directory(folder) if any(Path(folder).iterdir()) else None
+                ray.train.report(metrics, checkpoint=files)
+        except OSError as error:
+            if error.errno in _NO_ROOM or any(os.strerror(number) in str(error) for number in _NO_ROOM):
+                raise TrainingError(
+                    f"the checkpoint of step {step} can't be written: {error}. Those before it are intact: make room, "
+                    "and the same command goes on from the last one"
+                ) from error
+            raise
+        # `report` returns before Train has the checkpoint on record; a failure now would go back to the one before
+        committed = ray.train.CheckpointConsistencyMode.COMMITTED
+        reported = ray.train.get_all_reported_checkpoints(consistency_mode=committed)
+        self._post(
+            "checkpoint",
+            step,
+            checkpoint=reported[-1].checkpoint if looked_at else None,
+            given=cursor["given"],
+            accounts=self.shard.accounts(),
+        )
 
     def _until_told(self) -> None:
         """Waits until the driver has every event: a run that resumes at a checkpoint won't repeat the steps before it,
@@ -325,27 +417,23 @@ class _Worker:
         while ray.get(self.mailbox.waiting.remote()) and time.monotonic() < given_up:
             time.sleep(0.05)
 
-    def _samples(self, step: int) -> None:
-        task = self.task
-        if self.strategy.rank or not task.sample_rows or not len(task.valid):
-            return
-        lm = DiffusionLM(self.strategy.lm.model.eval(), self.strategy.lm.tokenizer, self.strategy.lm.spec)
-        samples, problem = [], None
-        try:
-            samples = sample_texts(lm, task.valid, task.sample_rows, task.sampler)
-        except DllmRayError as error:  # settings of the sampler must not cost the trained model
-            problem = str(error)
-        self._post("samples", step, samples=samples, problem=problem)
-        ray.get(self._sent)  # a worker that ends takes messages under way with it
-
     def _post(self, kind: str, step: int, **values: Any) -> None:
         if self.strategy.rank == 0:
             self._sent = self.mailbox.post.remote({"kind": kind, "step": step, **values})
 
 
-def build_objective(config: ObjectiveConfig, lm: DiffusionLM) -> MDLM:
-    """The objective that settings name, for a model."""
-    return MDLM(lm.spec, config.schedule, config.weight, config.norm, None, config.time_epsilon, config.stratified)
+def trained_spec(lm: DiffusionLM, objective: ObjectiveConfig, sampler: SamplerConfig) -> DiffusionSpec:
+    """The facts of a model after training: BD3LM makes its attention block-causal, and its default sampler settings
+    are those it was trained beside."""
+    spec = with_sampler(lm.spec, sampler)
+    if objective.name != "bd3lm":
+        return spec
+    fits = {"block_size": objective.block_size}
+    if lm.layers is not None and spec.sampler.get("cache", "none") == "none":
+        fits["cache"] = "block"
+    return dataclasses.replace(
+        spec, attention="block_causal", block_size=objective.block_size, sampler=dict(spec.sampler) | fits
+    )
 
 
 def with_sampler(spec: DiffusionSpec, config: SamplerConfig) -> DiffusionSpec:
@@ -358,33 +446,3 @@ def with_sampler(spec: DiffusionSpec, config: SamplerConfig) -> DiffusionSpec:
     }
     chosen.pop("seed", None)
     return dataclasses.replace(spec, sampler=dict(spec.sampler) | chosen)
-
-
-def sample_texts(lm: DiffusionLM, rows: TokenRows, count: int, config: SamplerConfig) -> list[dict[str, str]]:
-    """Answers to the questions of token rows, beside the answers the rows hold.
-
-    The first `count` questions are taken that leave room for `config.max_new_tokens` in the model's context.
-
-    Raises:
-        ConfigError: there are none, or the sampler's settings don't fit the model.
-    """
-    starts = rows.lengths.cumsum() - rows.lengths
-    room = (lm.max_length or math.inf) - (config.max_new_tokens or 1)
-    prompts, answers = [], []
-    for start, length in zip(starts.tolist(), rows.lengths.tolist(), strict=True):
-        ids, labels = rows.ids[start : start + length], rows.labels[start : start + length]
-        begin = int((labels != IGNORE_INDEX).argmax())
-        if begin <= room and len(prompts) < count:
-            prompts.append(ids[:begin].tolist())
-            answers.append(ids[begin:].tolist())
-    if not prompts:
-        raise ConfigError("no validation prompt leaves room for it in the model's context", "sampler.max_new_tokens")
-    output = Sampler(lm, config).sample(prompts)
-    return [
-        {
-            "prompt": chat.decode(lm.tokenizer, prompt),
-            "expected": chat.decode(lm.tokenizer, answer, lm.spec.eot_text),
-            "sampled": chat.decode(lm.tokenizer, sampled, lm.spec.eot_text),
-        }
-        for prompt, answer, sampled in zip(prompts, answers, output.completions, strict=True)
-    ]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dllm_ray.data.config import DataConfig
-from dllm_ray.data.prepare import Prepared, prepare, resolve
+from dllm_ray.data.prepare import Prepared, prepare, resolve, resolve_valid
 
 
 @pytest.fixture
@@ -23,13 +23,32 @@ def write_jsonl(tmp_path):
 
 @pytest.fixture(scope="session")
 def prepare_data(tokenizer):
-    """Everything from settings to `Prepared`: `prepare_data("rows.jsonl", seed=1, shuffle_window=8)`."""
+    """Everything from settings to `Prepared`: `prepare_data("rows.jsonl", seed=1, shuffle_mb=0.01)`."""
 
-    def run(path, seed: int = 0, max_length: int = 64, mapper=map, tokenizer=tokenizer, **settings) -> Prepared:
+    def run(
+        path=None,
+        seed: int = 0,
+        max_length: int = 64,
+        batch_size: int = 16,
+        max_steps: int | None = None,
+        mapper=map,
+        tokenizer=tokenizer,
+        **settings,
+    ) -> Prepared:
         config = DataConfig(path=path, **settings)
-        corpus = resolve(config, path, max_length)
-        valid_corpus = resolve(config, config.valid_path, max_length) if config.valid_path else None
-        stop, pad = [tokenizer.eos_token_id], tokenizer.pad_token_id
-        return prepare(config, corpus, valid_corpus, tokenizer, stop, pad, seed, mapper)
+        return prepare(
+            config,
+            resolve(config, max_length, seed),
+            resolve_valid(config, max_length, seed),
+            tokenizer,
+            [tokenizer.eos_token_id],
+            tokenizer.pad_token_id,
+            seed,
+            batch_size=batch_size,
+            max_length=max_length,
+            max_steps=max_steps,
+            block_size=4,
+            mapper=mapper,
+        )
 
     return run

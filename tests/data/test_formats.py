@@ -1,8 +1,8 @@
-"""Raw rows become conversations, or are refused with a reason."""
+"""Raw rows become conversations or documents, or are refused with a reason."""
 
 import pytest
 
-from dllm_ray.data.formats import FORMATS, RowError, detect, to_messages, to_prompt
+from dllm_ray.data.formats import FORMATS, RowError, detect, to_messages, to_prompt, to_text
 from dllm_ray.errors import ConfigError, DataError
 
 USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
@@ -21,8 +21,8 @@ def conversation(row: dict, columns: dict | None = None) -> list[dict]:
     return to_messages(row, detect(row, "auto", columns, "here"), columns)
 
 
-def test_there_is_a_row_for_every_format():
-    assert set(ROWS) == set(FORMATS)
+def test_there_is_a_row_for_every_conversation():
+    assert {*ROWS, "text"} == set(FORMATS)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -102,6 +102,33 @@ def test_a_row_of_no_known_format_names_what_it_has_and_what_is_expected(wanted,
     message = str(caught.value)
     assert message.startswith("x.jsonl, line 1: the columns 'text', 'id'")
     assert expected in message
+
+
+class TestDocuments:
+    @pytest.mark.parametrize(
+        ("wanted", "columns"), [("text", {}), ("text", {"text": "body"}), ("auto", {"text": "body"})]
+    )
+    def test_a_document_is_asked_for_or_its_column_is_mapped(self, wanted, columns):
+        row = {"text": "T", "body": "T"}
+        assert detect(row, wanted, columns, "here") == "text"
+        assert to_text(row, columns) == "T"
+
+    def test_a_column_named_text_alone_is_no_conversation(self):
+        with pytest.raises(DataError, match=r"or train on documents with --data.format text$"):
+            detect({"text": "T"}, "auto", {}, "here")
+
+    @pytest.mark.parametrize(
+        ("row", "reason"),
+        [
+            ({}, "no text"),
+            ({"text": None}, "no text"),
+            ({"text": 3}, "text is not text"),
+            ({"text": "\n"}, "empty text"),
+        ],
+    )
+    def test_an_unusable_document_says_why(self, row, reason):
+        with pytest.raises(RowError, match=f"^{reason}$"):
+            to_text(row, {})
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,27 @@
-"""The Ray Data pipeline gives the workers exactly the global batches that one process reads, however many they are."""
+"""The server gives the workers exactly the global batches that one process reads, however many they are."""
 
 import dataclasses
+import json
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
 
-from dllm_ray.data import sources
-from dllm_ray.data.batches import pad
-from dllm_ray.data.mixture import GlobalBatches, TrainStream, map_shards, token_rows
-from dllm_ray.data.plan import Window
+from dllm_ray.data import prepare, sources
+from dllm_ray.data.config import SourceConfig
+from dllm_ray.data.feed import Feed
+from dllm_ray.data.mixture import GlobalBatches, TrainStream, map_shards
 from dllm_ray.data.prepare import Prepared
-from dllm_ray.data.tokenize import TokenRows
+from dllm_ray.data.stream import Run
 from dllm_ray.errors import DataError
 
 pytestmark = pytest.mark.slow
 
-ROWS = 120
-TOTAL = 150
-"""More than one pass, and no multiple of the batch size."""
+ROWS = (120, 60)
+EPOCHS = 2
 BATCH = 16
 
 
@@ -32,41 +33,44 @@ def ray_here():
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    lines = [f'{{"prompt": "{n}", "response": "{"0" * (n % 5)}{n}"}}\n' for n in range(ROWS)]
-    path.write_text("".join(lines))
-    return path
+def paths(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for number, rows in enumerate(ROWS):
+        lines = [f'{{"prompt": "{n}", "response": "{"0" * (n % 5)}{n}"}}\n' for n in range(rows)]
+        (folder / f"{number}.jsonl").write_text("".join(lines))
+    return [str(folder / f"{number}.jsonl") for number in range(len(ROWS))]
 
 
 @pytest.fixture(scope="module")
-def prepare_here(path, prepare_data):
-    """Prepared rows in some eight shards and four windows."""
+def prepare_here(paths, prepare_data):
+    """Two sources in a dozen shards, too large to be kept in memory."""
 
-    def run(**settings):
+    def run(**settings) -> Prepared:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sources, "SHARD_BYTES", 600)
-            return prepare_data(str(path), shuffle_window=30, valid_rows=10, **settings)
+            patch.setattr(prepare, "LOCAL_BYTES", 0)
+            return prepare_data(
+                sources=[SourceConfig(path) for path in paths], shuffle_mb=0.001, valid_rows=10, **settings
+            )
 
     return run
 
 
 @pytest.fixture(scope="module")
-def stream(prepare_here) -> TrainStream:
-    prepared = prepare_here()
-    assert len(prepared.plan.shard_rows) > 5
-    return TrainStream(prepared, BATCH, TOTAL, task_cpus=1)
+def prepared(prepare_here) -> Prepared:
+    return prepare_here()
 
 
-def read_parts(stream: TrainStream, workers: int, step: int = 0) -> list[tuple]:
+def stream_of(prepared: Prepared, run: Run | None = None) -> TrainStream:
+    run = run or prepared.run(EPOCHS, None)
+    return TrainStream(prepared.feed, prepared.batching, prepared.padding, run, task_cpus=1)
+
+
+def read_parts(stream: TrainStream, workers: int, cursor=None) -> list[tuple]:
     """Each step's parts, one for each worker; all workers advance together, as in training."""
     shards = GlobalBatches().configure({"train": stream}, world_size=workers)
-    return list(zip(*[shard["train"].start(step) for shard in shards], strict=True))
-
-
-def expected(stream: TrainStream, step: int = 0) -> list[dict[str, np.ndarray]]:
-    batches = stream.prepared.global_batches(stream.batch_size, stream.total_rows, step * stream.batch_size)
-    return [pad(rows, stream.prepared.padding) for rows in batches]
+    step = cursor["step"] if cursor else 0
+    return list(zip(*[shard["train"].start(step, cursor) for shard in shards], strict=True))
 
 
 def together(parts: tuple) -> dict[str, np.ndarray]:
@@ -74,81 +78,99 @@ def together(parts: tuple) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part.arrays[name] for part in parts])[: parts[0].total] for name in parts[0].arrays}
 
 
-def assert_equal(found: list[dict[str, np.ndarray]], wanted: list[dict[str, np.ndarray]]) -> None:
-    assert len(found) == len(wanted)
-    for one, other in zip(found, wanted, strict=True):
-        assert one.keys() == other.keys()
-        assert all(np.array_equal(one[name], other[name]) for name in other)
+def assert_equal(steps: list[tuple], wanted: list) -> None:
+    assert len(steps) == len(wanted)
+    for parts, batch in zip(steps, wanted, strict=True):
+        found = together(parts)
+        assert found.keys() == batch.arrays.keys()
+        assert all(np.array_equal(found[name], array) for name, array in batch.arrays.items())
+        for part in parts:
+            assert (part.total, part.tokens, part.cursor) == (batch.total, batch.tokens, batch.cursor)
+            assert np.array_equal(part.origins, batch.origins)
 
 
-@pytest.mark.parametrize("start", [0, 33])
-def test_token_rows_are_the_rows_of_the_plan_from_anywhere(stream, start):
-    (wanted,) = stream.prepared.global_batches(TOTAL, TOTAL, start)
-    # sorted here: setting preserve_order would hold for all later tests of this process
-    rows = sorted(token_rows(stream, start).take_all(), key=lambda row: row["position"])
-    assert [row["position"] for row in rows] == list(range(start, TOTAL))
-    assert np.concatenate([row["ids"] for row in rows]).tolist() == wanted.ids.tolist()
-    assert np.concatenate([row["labels"] for row in rows]).tolist() == wanted.labels.tolist()
+@pytest.fixture(scope="module")
+def three_workers(prepared):
+    return read_parts(stream_of(prepared), workers=3)
 
 
-@pytest.mark.parametrize(("workers", "step"), [(1, 0), (2, 0), (3, 0), (2, 5)])
-def test_the_workers_parts_are_the_global_batches_in_order(stream, workers, step):
-    steps = read_parts(stream, workers, step)
-    assert_equal([together(parts) for parts in steps], expected(stream, step))
-    assert len(steps) == 10 - step
+def test_the_workers_parts_are_the_global_batches_in_order(prepared, three_workers):
+    assert_equal(three_workers, list(prepared.batches(prepared.run(EPOCHS, None))))
 
 
-def test_a_slow_data_task_does_not_change_the_order(stream):
-    class SlowAtFirst(Prepared):
-        def read(self, window: Window) -> TokenRows:
-            time.sleep(1.0 if window.number == 0 else 0.0)
-            return Prepared.read(self, window)
+def test_a_run_goes_on_from_a_checkpoint_on_another_number_of_workers(prepare_here):
+    prepared = prepare_here(packing=True, batch_size=4)
+    run = prepared.run(EPOCHS, None)
+    batches = list(prepared.batches(run))
+    stop = run.steps // 2 + 1
+    cursor = json.loads(json.dumps(batches[stop - 1].cursor))
+    assert_equal(read_parts(stream_of(prepared), 2, cursor), batches[stop:])
 
-    slow = dataclasses.replace(stream, prepared=SlowAtFirst(**vars(stream.prepared)))
-    assert_equal([together(parts) for parts in read_parts(slow, workers=1)], expected(stream))
+
+def test_data_that_is_met_as_training_goes_along_is_accounted_for(prepare_here):
+    prepared = prepare_here(max_steps=15)
+    run = prepared.run(1.0, 15)
+    shards = GlobalBatches().configure({"train": stream_of(prepared, run)}, world_size=1)
+    found = list(shards[0]["train"].start())
+    assert_equal([(part,) for part in found], list(prepared.batches(run)))
+    accounts = shards[0]["train"].accounts()
+    assert {name.rpartition("/")[2]: account.read for name, account in accounts.items()} == {
+        "0.jsonl": ROWS[0],
+        "1.jsonl": ROWS[1],
+    }
+
+
+def test_a_slow_data_task_does_not_change_the_order(prepared):
+    class SlowAtFirst(Feed):
+        def read_shard(self, source, shard):
+            time.sleep(1.0 if (source, shard) == (1, 0) else 0.0)
+            return super().read_shard(source, shard)
+
+    slow = dataclasses.replace(prepared, feed=SlowAtFirst(**vars(prepared.feed)))
+    run = prepared.run(1, None)
+    assert_equal(read_parts(stream_of(slow, run), workers=1), list(prepared.batches(run)))
 
 
 class TestParts:
-    """A whole batch of 16 rows and a last one of 6, dealt to 3 workers."""
+    """Batches of 16 rows, and a last one of 4, dealt to 3 workers."""
 
-    @pytest.fixture(scope="class")
-    def steps(self, stream):
-        return read_parts(stream, workers=3, step=8)
-
-    def test_they_say_where_they_are_in_a_global_batch_of_which_size(self, steps):
-        assert [[(part.start, part.total) for part in parts] for parts in steps] == [
+    def test_they_say_where_they_are_in_a_global_batch_of_which_size(self, three_workers):
+        assert [[(part.start, part.total) for part in parts] for parts in three_workers[-2:]] == [
             [(0, 16), (6, 16), (12, 16)],
-            [(0, 6), (2, 6), (4, 6)],
+            [(0, 4), (2, 4), (4, 4)],
         ]
 
-    def test_they_count_the_tokens_of_the_global_batch_without_padding(self, stream, steps):
-        batches = stream.prepared.global_batches(BATCH, TOTAL, 8 * BATCH)
-        assert [{part.tokens for part in parts} for parts in steps] == [{int(rows.lengths.sum())} for rows in batches]
+    def test_they_are_equal_and_filler_has_no_labels(self, three_workers):
+        assert [len(part.arrays["labels"]) for part in three_workers[0]] == [6, 6, 6]
+        assert (three_workers[0][2].arrays["labels"][4:] == -100).all()
 
-    def test_they_are_equal_and_filler_has_no_labels(self, steps):
-        assert [len(part.arrays["labels"]) for part in steps[0]] == [6, 6, 6]
-        assert (steps[0][2].arrays["labels"][4:] == -100).all()
-
-    def test_they_may_be_written_to(self, steps):
-        assert all(array.flags.writeable for array in steps[0][0].arrays.values())
+    def test_they_may_be_written_to(self, three_workers):
+        assert all(array.flags.writeable for array in three_workers[0][0].arrays.values())
 
 
-def test_padding_that_is_ignored_comes_with_its_mask(prepare_here):
-    stream = TrainStream(prepare_here(padding="ignore"), BATCH, 2 * BATCH, task_cpus=1)
-    found = [together(parts) for parts in read_parts(stream, workers=2)]
-    assert found[0].keys() == {"input_ids", "labels", "attention_mask"}
-    assert_equal(found, expected(stream))
+def test_small_data_is_served_from_memory(prepare_data, paths):
+    prepared = prepare_data(paths, valid_rows=10)
+    assert len(prepared.feed.kept) == 2
+    run = prepared.run(EPOCHS, None)
+    shards = GlobalBatches().configure({"train": stream_of(prepared)}, world_size=1)
+    found = list(shards[0]["train"].start())
+    assert_equal([(part,) for part in found], list(prepared.batches(run)))
+    assert shards[0]["train"].accounts() == prepared.accounts
 
 
-def test_a_run_that_is_over_has_no_batches(stream):
-    assert read_parts(stream, workers=2, step=10) == []
+def test_a_step_without_its_cursor_is_refused(prepared):
+    (shard,) = GlobalBatches().configure({"train": stream_of(prepared)}, world_size=1)
+    with pytest.raises(ValueError, match="step 3 begins at a cursor of its own"):
+        next(shard["train"].start(3))
 
 
-def test_a_survey_by_ray_finds_what_one_in_this_process_finds(prepare_here, stream):
-    prepared = prepare_here(mapper=map_shards)
-    assert prepared.account == stream.prepared.account
-    assert prepared.plan == stream.prepared.plan
-    assert prepared.valid.ids.tolist() == stream.prepared.valid.ids.tolist()
+def test_a_survey_by_ray_finds_what_one_in_this_process_finds(prepare_here, prepared):
+    other = prepare_here(mapper=map_shards)
+    assert other.accounts == prepared.accounts
+    assert other.fingerprint == prepared.fingerprint
+    assert other.valid.ids.tolist() == prepared.valid.ids.tolist()
+    run = prepared.run(EPOCHS, None)
+    assert other.run(EPOCHS, None) == run
 
 
 def test_map_shards_keeps_the_order_and_runs_elsewhere():
@@ -176,14 +198,16 @@ def test_any_other_error_in_a_task_ends_the_survey_too():
         map_shards(lambda number: 1 // number, [1, 0])
 
 
-def test_a_file_that_breaks_after_the_survey_is_an_error_at_every_worker(prepare_here, path):
+def test_a_file_that_is_broken_further_on_is_a_user_error_at_every_worker(prepare_here, paths):
+    prepared = prepare_here(max_steps=15)
+    path = Path(paths[0])
     content = path.read_text()
-    stream = TrainStream(prepare_here(), BATCH, TOTAL, task_cpus=1)
     path.write_text(content.replace('{"prompt": "60"', '{"prompt" = "60"'))
     try:
-        shards = GlobalBatches().configure({"train": stream}, world_size=2)
+        shards = GlobalBatches().configure({"train": stream_of(prepared, Run(15, None))}, world_size=2)
         for shard in shards:
-            with pytest.raises(Exception, match=r"rows\.jsonl, line 61: not valid JSON"):
-                list(shard["train"].start(0))
+            with pytest.raises(DataError, match=r"0\.jsonl, line 61: not valid JSON") as caught:
+                list(shard["train"].start())
+            assert type(caught.value) is DataError
     finally:
         path.write_text(content)

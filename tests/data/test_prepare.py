@@ -1,13 +1,15 @@
 """From settings to everything training must know: what is held out, what is planned, and why data is refused."""
 
 import json
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dllm_ray.data import prepare, sources
-from dllm_ray.data.config import DataConfig
+from dllm_ray.data.config import DataConfig, FilterConfig, SourceConfig
 from dllm_ray.data.tokenize import RowRules, TokenRows, texts
 from dllm_ray.errors import DataError
 from dllm_ray.models.tokenizers import train_bpe
@@ -25,7 +27,14 @@ def as_set(rows: TokenRows) -> set[tuple[int, ...]]:
 
 
 def training_rows(prepared) -> TokenRows:
-    return TokenRows.join([prepared.read(window) for window in prepared.plan.windows(0, prepared.plan.rows)])
+    """The rows of one pass over each source."""
+    return TokenRows.join(
+        [
+            prepared.feed.read(source, window)
+            for source, plan in enumerate(prepared.feed.plans)
+            for window in takewhile(lambda window: window.epoch == 0, plan.windows())
+        ]
+    )
 
 
 @pytest.fixture
@@ -42,12 +51,12 @@ class TestHoldOut:
         prepared = prepare_data(many_shards, valid_rows=20)
         everything = as_set(training_rows(prepare_data(many_shards, valid_rows=0)))
         train, valid = as_set(training_rows(prepared)), as_set(prepared.valid)
-        assert (len(train), len(valid)) == (180, 20) == (prepared.plan.rows, len(prepared.valid))
+        assert (len(train), len(valid)) == (180, 20) == (prepared.rows, prepared.held_out)
         assert train | valid == everything
 
     def test_they_come_from_all_over_the_data(self, many_shards, prepare_data):
         prepared = prepare_data(many_shards, valid_rows=20)
-        assert sum(len(numbers) > 0 for numbers in prepared.held_out) > 5
+        assert len(prepared.feed.left_out[0]) > 5
 
     def test_they_do_not_depend_on_the_order_in_which_shards_are_read_nor_on_the_shuffle(
         self, many_shards, prepare_data
@@ -56,7 +65,7 @@ class TestHoldOut:
             return [function(item) for item in reversed(list(items))][::-1]
 
         one = prepare_data(many_shards, valid_rows=20)
-        two = prepare_data(many_shards, valid_rows=20, mapper=backwards, shuffle_window=7)
+        two = prepare_data(many_shards, valid_rows=20, mapper=backwards, shuffle_mb=0.001)
         assert one.valid.ids.tolist() == two.valid.ids.tolist()
         assert one.account == two.account
 
@@ -71,11 +80,11 @@ class TestHoldOut:
     @pytest.mark.parametrize(("rows", "held_out"), [(200, 20), (35, 3), (9, 0)])
     def test_never_more_than_a_tenth(self, write_jsonl, prepare_data, rows, held_out):
         prepared = prepare_data(str(write_jsonl(numbered(rows))), valid_rows=1000)
-        assert (len(prepared.valid), prepared.plan.rows) == (held_out, rows - held_out)
+        assert (len(prepared.valid), prepared.rows) == (held_out, rows - held_out)
 
     def test_none_when_validation_is_off(self, many_shards, prepare_data):
         prepared = prepare_data(many_shards, valid_rows=0)
-        assert (len(prepared.valid), prepared.plan.rows) == (0, 200)
+        assert (len(prepared.valid), prepared.rows) == (0, 200)
 
 
 class TestOwnValidationSource:
@@ -89,7 +98,7 @@ class TestOwnValidationSource:
         assert text == "".join(row["prompt"] + row["response"] for row in numbered(30, start=1000))
 
     def test_training_keeps_all_of_its_own(self, many_shards, valid_path, prepare_data):
-        assert prepare_data(many_shards, valid_path=valid_path, valid_rows=30).plan.rows == 200
+        assert prepare_data(many_shards, valid_path=valid_path, valid_rows=30).rows == 200
 
     def test_it_may_hold_fewer_rows_than_asked_for(self, many_shards, valid_path, prepare_data):
         prepared = prepare_data(many_shards, valid_path=valid_path, valid_rows=99)
@@ -140,36 +149,126 @@ class TestRefusedData:
             prepare_data(many_shards)
 
 
-class TestGlobalBatches:
-    def test_they_are_the_rows_in_the_order_of_the_plan(self, many_shards, prepare_data):
-        prepared = prepare_data(many_shards, valid_rows=20, shuffle_window=50)
-        ordered = TokenRows.join([prepared.read(window) for window in prepared.plan.windows(0, 400)])
-        batches = list(prepared.global_batches(16, 400))
-        assert [len(batch) for batch in batches] == [16] * 25
-        assert TokenRows.join(batches).ids.tolist() == ordered.take(np.arange(400)).ids.tolist()
-
-    def test_every_pass_holds_every_training_row_once(self, many_shards, prepare_data):
-        prepared = prepare_data(many_shards, valid_rows=20, shuffle_window=50)
-        one, two = prepared.global_batches(180, 360)
-        assert as_set(one) == as_set(two) == as_set(training_rows(prepared))
-        assert one.ids.tolist() != two.ids.tolist()
-
-    @pytest.mark.parametrize("step", [0, 1, 7, 12])
-    def test_they_may_begin_in_the_middle(self, many_shards, prepare_data, step):
-        prepared = prepare_data(many_shards, valid_rows=20, shuffle_window=50)
-        whole = list(prepared.global_batches(16, 200))
-        rest = list(prepared.global_batches(16, 200, start=16 * step))
-        assert [batch.ids.tolist() for batch in rest] == [batch.ids.tolist() for batch in whole[step:]]
-
-    def test_the_last_may_be_smaller(self, many_shards, prepare_data):
-        sizes = [len(batch) for batch in prepare_data(many_shards).global_batches(64, 150)]
-        assert sizes == [64, 64, 22]
+def test_padding_is_the_settings_else_the_models_own(many_shards, prepare_data):
+    assert prepare_data(many_shards).padding.kind == "eos"
+    assert prepare_data(many_shards, padding="ignore").padding.kind == "ignore"
+    assert prepare_data(many_shards, packing=True).padding.kind == "ignore"
+    assert prepare_data(many_shards, packing=True, padding="block").padding.kind == "block"
 
 
-def test_padding_is_the_end_of_text_that_is_learnt_or_a_filler_that_is_not(many_shards, prepare_data, tokenizer):
-    eos, ignore = (prepare_data(many_shards, padding=padding).padding for padding in ("eos", "ignore"))
-    assert (eos.token_id, eos.supervised) == (tokenizer.eos_token_id, True)
-    assert (ignore.token_id, ignore.supervised) == (tokenizer.pad_token_id, False)
+def test_documents_are_not_taught_to_end_where_they_were_cut(write_jsonl, prepare_data):
+    path = str(write_jsonl([{"text": "hello world"}] * 30))
+    prepared = prepare_data(path, format="text", max_length=16)
+    assert prepared.padding.kind == "ignore"
+    assert (prepared.valid.labels == prepared.valid.ids).all()
+
+
+class TestSources:
+    @pytest.fixture
+    def two(self, write_jsonl) -> list[str]:
+        one = [row | {"kind": "even" if n % 2 == 0 else "odd"} for n, row in enumerate(numbered(60))]
+        return [str(write_jsonl(one, "one.jsonl")), str(write_jsonl(numbered(40, start=1000), "two.jsonl"))]
+
+    def test_each_has_an_account_of_its_own(self, two, prepare_data):
+        prepared = prepare_data(sources=[SourceConfig(two[0], name="first"), SourceConfig(two[1])])
+        assert {name: account.usable for name, account in prepared.accounts.items()} == {"first": 60, two[1]: 40}
+        assert prepared.account.usable == 100
+
+    def test_a_filter_keeps_some_rows_and_counts_the_others(self, two, prepare_data):
+        usual = int(np.median(prepare_data(two[0], valid_rows=0).lengths[0][0]))
+        chosen = FilterConfig(where={"kind": "even"}, min_tokens=usual)
+        prepared = prepare_data(sources=[SourceConfig(two[0], filter=chosen)], valid_rows=0)
+        account = prepared.account
+        assert 0 < prepared.rows < 30
+        assert account.usable == prepared.rows
+        assert account.dropped.total() == 60 - prepared.rows
+        assert len(account.dropped) == 2
+
+    def test_a_filter_that_leaves_nothing_is_refused(self, two, prepare_data):
+        nothing = SourceConfig(two[0], name="first", filter=FilterConfig(where={"kind": "none"}))
+        with pytest.raises(DataError, match="first: none of its 60 rows can be used"):
+            prepare_data(sources=[nothing])
+
+    @pytest.mark.parametrize("max_steps", [None, 10])
+    @pytest.mark.parametrize("limit", [1, 37, 200, 1000])
+    def test_a_limit_takes_the_first_rows(self, many_shards, prepare_data, limit, max_steps, monkeypatch):
+        everything = prepare_data(many_shards, valid_rows=0)
+        in_order = [everything.feed.kept[0, shard][0] for shard in range(len(everything.feed.plans[0].shard_bytes))]
+        monkeypatch.setattr(prepare, "LOCAL_BYTES", 0)
+        prepared = prepare_data(sources=[SourceConfig(many_shards, rows=limit)], valid_rows=5, max_steps=max_steps)
+        own = as_set(training_rows(prepared)) | (as_set(prepared.valid) if prepared.held_out else set())
+        first = TokenRows.join(in_order)
+        assert own == as_set(first.take(np.arange(min(limit, len(first)))))
+        assert prepared.held_out == min(5, min(limit, 200) // 10)
+
+    def test_orders_of_sources_follow_from_the_seed_or_their_own(self, two, prepare_data):
+        def orders(seed, own):
+            config = [SourceConfig(two[0], name="a", seed=own), SourceConfig(two[0], name="b")]
+            prepared = prepare_data(sources=config, seed=seed, valid_rows=0)
+            windows = [next(plan.windows()) for plan in prepared.feed.plans]
+            return [plan.order(window, 60).tolist() for plan, window in zip(prepared.feed.plans, windows, strict=True)]
+
+        (a, b), (c, d) = orders(0, None), orders(1, None)
+        assert len({tuple(order) for order in (a, b, c, d)}) == 4
+        (e, f), (g, h) = orders(0, 5), orders(1, 5)
+        assert e == g
+        assert f == b != h == d
+
+    def test_the_beginning_of_all_sources_comes_first(self, two, many_shards):
+        corpus = prepare.resolve(DataConfig(path=[*two, many_shards]), 64)
+        assert len({shard.name for shard in corpus.shards[:3]}) == 3
+        assert len(corpus.shards) == len(corpus.rules) == sum(len(source.shards) for source in corpus.sources)
+
+
+class TestWithoutSurvey:
+    """A run told by steps, over data that is not small."""
+
+    @pytest.fixture
+    def streamed(self, prepare_data, monkeypatch):
+        monkeypatch.setattr(prepare, "LOCAL_BYTES", 0)
+        return partial(prepare_data, max_steps=20)
+
+    def test_only_the_beginning_is_read(self, streamed, many_shards):
+        with Path(many_shards).open("a") as file:
+            file.write("broken")
+        prepared = streamed(many_shards)
+        assert not prepared.surveyed
+        assert (prepared.rows, prepared.lengths) == (None, None)
+        assert 0 < prepared.account.read < 40
+
+    def test_the_beginning_is_kept_and_comes_first(self, streamed, many_shards):
+        prepared = streamed(many_shards)
+        assert list(prepared.feed.kept) == [(0, 0)]
+        first = next(prepared.feed.plans[0].windows())
+        assert first.shards == (0,)
+        assert len(prepared.feed.read(0, first)) == prepared.account.usable - prepared.held_out
+
+    def test_what_is_held_out_is_not_trained_on(self, streamed, many_shards, prepare_data):
+        prepared = streamed(many_shards, valid_rows=2)
+        train, valid = as_set(training_rows(prepared)), as_set(prepared.valid)
+        assert len(valid) == prepared.held_out > 0
+        assert (len(train), train & valid) == (200 - len(valid), set())
+
+    def test_its_fingerprint_tells_data_apart(self, streamed, many_shards, write_jsonl):
+        one = streamed(many_shards).fingerprint
+        assert one == streamed(many_shards).fingerprint
+        with Path(many_shards).open("a") as file:
+            file.write("\n")
+        assert one != streamed(many_shards).fingerprint
+        assert len(one) == 64
+
+    def test_a_broken_file_is_named_when_it_is_met(self, streamed, many_shards):
+        with Path(many_shards).open("a") as file:
+            file.write('{"prompt": ')
+        prepared = streamed(many_shards)
+        with pytest.raises(DataError, match=r"rows\.jsonl, line 201: not valid JSON"):
+            list(prepared.batches(prepared.run(1.0, 20)))
+
+    @pytest.mark.parametrize(("steps", "size", "wanted"), [(None, 1, True), (None, -1, False), (5, 1, False)])
+    def test_ray_is_needed_for_a_whole_survey_of_much_data(self, many_shards, monkeypatch, steps, size, wanted):
+        corpus = prepare.resolve(DataConfig(path=many_shards), 64)
+        monkeypatch.setattr(prepare, "LOCAL_BYTES", corpus.size - size)
+        assert prepare.needs_ray(corpus, steps) is wanted
 
 
 class TestRealData:
@@ -184,7 +283,7 @@ class TestRealData:
     )
     def test_instructions_and_conversations(self, real_data, prepare_data, name, row_format, rows):
         prepared = prepare_data(str(real_data / name), max_length=20_000)
-        assert {rules.row_format for rules in prepared.source.corpus.rules} == {row_format}
+        assert {rules.row_format for rules in prepared.feed.tokenized.corpus.rules} == {row_format}
         assert prepared.account.read == rows
         assert prepared.account.usable + prepared.account.dropped.total() == rows
         assert prepared.account.usable > 0.99 * rows
@@ -207,13 +306,11 @@ class TestRealData:
         assert prepare_data(path, max_length=512, columns=columns).account.dropped == {}
 
 
-def test_sources_of_different_formats_go_together(tmp_path, tokenizer):
+def test_sources_of_different_formats_go_together(tmp_path, prepare_data):
     paths = []
     for name, row in (("a", {"prompt": "q", "response": "12"}), ("b", {"question": "q", "answer": "12"})):
         path = tmp_path / f"{name}.jsonl"
         path.write_text("\n".join([json.dumps(row)] * 5))
         paths.append(str(path))
-    config = DataConfig(path=paths, valid_rows=0)
-    corpus = prepare.resolve(config, config.path, 64)
-    prepared = prepare.prepare(config, corpus, None, tokenizer, [1], 0, seed=0)
-    assert (prepared.account.usable, prepared.plan.rows) == (10, 10)
+    prepared = prepare_data(paths, valid_rows=0)
+    assert (prepared.account.usable, prepared.rows) == (10, 10)

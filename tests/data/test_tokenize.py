@@ -151,6 +151,26 @@ class TestLength:
         assert as_lists(rows) == [whole]
 
 
+class TestFilters:
+    def test_conversations_may_be_chosen_by_a_column(self, run):
+        rows, account = run(
+            [{"messages": [Q1, A1], "level": level} for level in (1, 2, 3)] + [[Q2, A2]], where={"level": [1, 3]}
+        )
+        assert rows.numbers.tolist() == [0, 2]
+        assert account.dropped == {"filtered out by level": 2}
+
+    def test_and_by_their_length_before_they_are_cut(self, run):
+        short, long = run([[Q1, A1], [Q1, A1, Q2, A2]])[0].lengths.tolist()
+        limits = {"max_length": short, "loss_on": "all_answers"}
+        assert run([[Q1, A1], [Q1, A1, Q2, A2]], max_tokens=long - 1, **limits)[1].dropped == {
+            f"longer than {long - 1} tokens": 1
+        }
+        assert run([[Q1, A1], [Q1, A1, Q2, A2]], min_tokens=short + 1, **limits)[1].dropped == {
+            f"shorter than {short + 1} tokens": 1
+        }
+        assert run([[Q1, A1], [Q1, A1, Q2, A2]], min_tokens=short, max_tokens=long, **limits)[1].usable == 2
+
+
 class TestAccount:
     BAD = (
         ({"text": "?"}, "no messages"),
@@ -215,6 +235,13 @@ def test_rows_do_not_depend_on_how_many_the_tokenizer_sees_at_once(run, monkeypa
     assert chunked_account.examples == account.examples
 
 
+def test_rows_say_which_raw_rows_they_are_of(run):
+    rows, _ = run([[Q1], [Q1, A1], {"id": 1}, [Q2, A2]])
+    assert rows.numbers.tolist() == [1, 3]
+    assert rows.shards.tolist() == [0, 0]
+    assert rows.in_shard(7).shards.tolist() == [7, 7]
+
+
 def test_a_shard_without_usable_rows_gives_none(run):
     rows, account = run([[Q1]])
     assert as_lists(rows) == []
@@ -241,11 +268,15 @@ class TestTokenRows:
     @given(ROWS.filter(len).flatmap(lambda rows: st.tuples(st.just(rows), st.lists(st.integers(0, len(rows) - 1)))))
     def test_take_is_indexing(self, rows_and_numbers):
         rows, numbers = rows_and_numbers
-        taken = TokenRows.of(rows).take(np.array(numbers, dtype=np.int64))
+        taken = TokenRows.of(rows).in_shard(3).take(np.array(numbers, dtype=np.int64))
         assert as_lists(taken) == [rows[number] for number in numbers]
+        assert taken.numbers.tolist() == numbers
+        assert taken.shards.tolist() == [3] * len(numbers)
 
     @given(st.lists(ROWS, max_size=4))
     def test_join_is_concatenation(self, parts):
-        joined = TokenRows.join([TokenRows.of(rows) for rows in parts])
+        joined = TokenRows.join([TokenRows.of(rows).in_shard(shard) for shard, rows in enumerate(parts)])
         assert as_lists(joined) == [row for rows in parts for row in rows]
-        assert joined.ids.dtype == joined.labels.dtype == joined.lengths.dtype == np.int32
+        assert joined.numbers.tolist() == [number for rows in parts for number in range(len(rows))]
+        assert joined.shards.tolist() == [shard for shard, rows in enumerate(parts) for _ in rows]
+        assert {array.dtype for array in vars(joined).values()} == {np.dtype(np.int32)}

@@ -10,6 +10,6 @@ from jobs_testing import train
 def trained(tmp_path_factory) -> tuple[Path, str]:
     """The output folder and output of a tiny run with two workers."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    done = train(folder, train__max_steps="60", train__checkpoint_every="20", sample_rows="2")
+    done = train(folder, train__max_steps="60", train__checkpoint_every="20", observe__sample_rows="2")
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout

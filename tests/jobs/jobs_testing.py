@@ -73,13 +73,14 @@ def train(output_dir: Path, **changes: str) -> subprocess.CompletedProcess:
 
 
 def start_training(output_dir: Path, log: Path, **changes: str) -> subprocess.Popen:
-    """Begins to train the tiny model."""
+    """Begins to train the tiny model; `RAY_ADDRESS` among the changes is the cluster to join."""
+    variables = environment() | {name: changes.pop(name) for name in ("RAY_ADDRESS",) if name in changes}
     settings = TINY | {"output_dir": str(output_dir)} | {k.replace("__", "."): v for k, v in changes.items()}
     with log.open("w") as file:
         return subprocess.Popen(
             command("sft", settings),
             cwd=ROOT,
-            env=environment(),
+            env=variables,
             stdout=file,
             stderr=subprocess.STDOUT,
             # tests in the background of a shell ignore interrupts, and what they start would inherit that
@@ -105,10 +106,10 @@ def runs(output_dir: Path, job: str = "sft") -> list:
     )
 
 
-def history(output_dir: Path, metric: str) -> dict[int, list[float]]:
+def history(output_dir: Path, metric: str, job: str = "sft") -> dict[int, list[float]]:
     """Step -> every value that the one training run in a folder recorded for it."""
     client = MlflowClient(tracking_uri=f"sqlite:///{output_dir}/mlruns.db")
-    (found,) = runs(output_dir)
+    (found,) = runs(output_dir, job)
     values = defaultdict(list)
     for point in client.get_metric_history(found.info.run_id, metric):
         values[point.step].append(point.value)

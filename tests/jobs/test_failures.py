@@ -1,12 +1,17 @@
-"""Killed workers and killed drivers: a run goes on from its last checkpoint and ends as if nothing had happened."""
+"""The kill matrix: whatever ends a run, it goes on from its last checkpoint and ends as if nothing had happened."""
 
+import json
 import os
 import re
 import signal
+import subprocess
 import time
+from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from jobs_testing import history, runs, start_training, train, train_workers
 
 pytestmark = pytest.mark.slow
@@ -24,14 +29,21 @@ def undisturbed(tmp_path_factory) -> list[float]:
     return [values[0] for _, values in sorted(history(folder, "train/loss").items())]
 
 
-def begin(tmp_path):
+def begin(tmp_path, storage=None, **changes):
     """A run whose first checkpoint Ray Train has on record, and that is some steps further."""
-    driver = start_training(tmp_path / "run", tmp_path / "log", **SETTINGS)
-    record = tmp_path / "run" / "checkpoints" / "checkpoint_manager_snapshot.json"
-    while not (record.exists() and "checkpoint_2" in record.read_text()):
+    driver = start_training(tmp_path / "run", tmp_path / "log", **SETTINGS | changes)
+    storage = storage or tmp_path / "run" / "checkpoints"
+    while not any("checkpoint_2" in record.read_text() for record in storage.rglob("checkpoint_manager_snapshot.json")):
         assert driver.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.02)
     return driver
+
+
+def resumed_at(output: str) -> int:
+    """The step from which a run said that it goes on."""
+    said = re.findall(r"from step (\d+) of 240 steps", output)
+    assert said, output
+    return int(said[-1])
 
 
 def check_curve(folder, undisturbed):
@@ -44,13 +56,14 @@ def check_curve(folder, undisturbed):
         assert seen == pytest.approx([undisturbed[step - 1]] * len(seen), rel=1e-4)
 
 
-def test_a_killed_worker_is_replaced_and_the_run_ends_well(tmp_path, undisturbed):
-    driver = begin(tmp_path)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2"])
+def test_a_killed_worker_is_replaced_and_the_run_ends_well(tmp_path, undisturbed, strategy):
+    driver = begin(tmp_path, train__strategy=strategy)
     os.kill(train_workers(driver)[1].pid, signal.SIGKILL)
-    assert driver.wait() == 0, (tmp_path / "log").read_text()
-    log = (tmp_path / "log").read_text()
-    again = re.search(r"from step (\d+) of 240 steps with 2 workers", log)
-    assert again and int(again[1]) >= EVERY and int(again[1]) % EVERY == 0
+    log = tmp_path / "log"
+    assert driver.wait() == 0, log.read_text()
+    step = resumed_at(log.read_text())
+    assert step >= EVERY and step % EVERY == 0
     check_curve(tmp_path / "run", undisturbed)
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
 
@@ -65,19 +78,118 @@ def test_a_killed_driver_takes_its_workers_along_and_the_same_command_resumes(tm
 
     done = train(tmp_path / "run", **SETTINGS)
     assert done.returncode == 0, done.stdout + done.stderr
-    began = re.search(r"from step (\d+) of 240 steps", done.stdout)
-    assert began and int(began[1]) >= EVERY and int(began[1]) % EVERY == 0
+    step = resumed_at(done.stdout)
+    assert step >= EVERY and step % EVERY == 0
     check_curve(tmp_path / "run", undisturbed)
     (record,) = runs(tmp_path / "run")
     assert record.info.status == "FINISHED"
 
 
-def test_an_interrupt_ends_the_run_as_killed_with_status_130(tmp_path):
-    driver = begin(tmp_path)
-    driver.send_signal(signal.SIGINT)
-    assert driver.wait() == 130, (tmp_path / "log").read_text()
-    (record,) = runs(tmp_path / "run")
-    assert record.info.status == "KILLED"
+@contextmanager
+def small_disk(folder: Path):
+    """A file system of its own with 4 MiB."""
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a file system can't be mounted here: " + mounted.stderr.decode())
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_an_interrupt_saves_and_a_full_disk_loses_nothing(tmp_path, undisturbed):
+    store = tmp_path / "store"
+    with small_disk(store):
+        placed = {"train__storage_path": str(store)}
+        driver = begin(tmp_path, store, **placed)
+        driver.send_signal(signal.SIGINT)
+        log = tmp_path / "log"
+        assert driver.wait() == 130, log.read_text()
+        assert "saving a checkpoint" in log.read_text() and "Traceback" not in log.read_text()
+        (record,) = runs(tmp_path / "run")
+        assert record.info.status == "KILLED"
+        saved = json.loads((tmp_path / "run" / "run.json").read_text())["checkpoint_step"]
+        assert max(history(tmp_path / "run", "train/loss")) == saved
+
+        filler = store / "filler"
+        filler.write_bytes(bytes(os.statvfs(store).f_bavail * os.statvfs(store).f_bsize - 64_000))
+        done = train(tmp_path / "run", **SETTINGS, **placed)
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert resumed_at(done.stdout) == saved
+        assert "can't be written" in done.stderr and "make room" in done.stderr and "Traceback" not in done.stderr
+
+        filler.unlink()
+        done = train(tmp_path / "run", **SETTINGS, **placed)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert resumed_at(done.stdout) == saved
+        check_curve(tmp_path / "run", undisturbed)
+
+
+def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(tmp_path, undisturbed):
+    """Two workers on two nodes; one node goes, and the run goes on with what is left."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        other = cluster.add_node(num_cpus=1)
+        elastic = {"train__workers": '{"min": 1, "max": 2}', "train__max_failures": "5"}
+        driver = begin(tmp_path, RAY_ADDRESS=cluster.address, **elastic)
+        cluster.remove_node(other, allow_graceful=False)
+        log = tmp_path / "log"
+        assert driver.wait() == 0, log.read_text()
+        assert "for 240 steps with 2 workers" in log.read_text()
+        step = resumed_at(log.read_text())
+        assert f"from step {step} of 240 steps with 1 worker" in log.read_text() and step % EVERY == 0
+        check_curve(tmp_path / "run", undisturbed)
+    finally:
+        cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory) -> dict[str, str]:
+    """A model that has no number for one word, and rows of which one holds it."""
+    from dllm_ray.models.config import ScratchConfig
+    from dllm_ray.models.scratch import build
+    from dllm_ray.models.tokenizers import train_bpe
+
+    folder = tmp_path_factory.mktemp("poisoned")
+    sizes = ScratchConfig("qwen3", hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    lm = build(sizes, train_bpe(["1 2 3"], 300), seed=0)
+    (word,) = lm.tokenizer("~")["input_ids"]
+    with torch.no_grad():
+        lm.model.get_input_embeddings().weight[word] = torch.nan
+    lm.save(folder / "model")
+    rows = [{"prompt": f"{number}", "response": "1"} for number in range(64)]
+    rows[40]["prompt"] = "a ~ b"
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "model__path": str(folder / "model"),
+        "data__path": str(folder / "rows.jsonl"),
+        "data__valid_rows": "0",
+        "data__valid_path": "null",
+        "train__epochs": "1",
+        "train__max_steps": "null",
+        "observe__sample_rows": "0",
+    }
+
+
+def test_a_poisoned_row_stops_the_run_and_is_named(tmp_path, poisoned):
+    done = train(tmp_path / "run", **poisoned)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(
+        r"the run diverged at step \d: .* rows whose loss isn't finite: \S*rows\.jsonl, line 41\b", done.stderr
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_a_poisoned_row_is_left_out_where_the_settings_say_so(tmp_path, poisoned):
+    done = train(tmp_path / "run", **poisoned, train__on_nan="skip")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"skipped   step \d: .*rows\.jsonl, line 41\b", done.stdout)
+    losses = history(tmp_path / "run", "train/loss")
+    assert len(losses) == 3  # of 4 steps
+    assert history(tmp_path / "run", "train/skipped_steps")
 
 
 def test_workers_that_fail_for_good_fail_the_run_with_their_reason(tmp_path):

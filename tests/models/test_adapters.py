@@ -329,6 +329,133 @@ def test_an_adapter_on_a_bfloat16_model_is_off_by_rounding_only(adapted, path, t
     assert 0 < error.median() < 8 * 2**-8
 
 
+# --- DoRA, and modules trained whole
+
+TIED_AND_UNTIED = {"bert": ["decoder"], "modernbert": ["tok_embeddings"], "qwen3": ["embed_tokens", "lm_head"]}
+"""Architectures, and how the modules to train are named: one of two that are tied, or both of two that aren't."""
+tied_and_untied = pytest.mark.parametrize("architecture", TIED_AND_UNTIED)
+
+
+@pytest.fixture(scope="module")
+def base_of_kind(make_lm, tmp_path_factory):
+    """`base_of_kind("bert")`: the directory of a small model."""
+
+    @cache
+    def make(architecture: str) -> Path:
+        folder = tmp_path_factory.mktemp("base") / architecture
+        make_lm(architecture).save(folder)
+        return folder
+
+    return make
+
+
+def with_tables(base: Path, seed: int = 0, **settings) -> DiffusionLM:
+    """A model with a DoRA adapter whose embeddings and head train too."""
+    names = TIED_AND_UNTIED[base.name]
+    return add_lora(load(base), LoRAConfig(**{"rank": 4, "dora": True, "trained_modules": names} | settings), seed)
+
+
+def tables_of(lm: DiffusionLM) -> tuple[nn.Module, nn.Module]:
+    base = lm.model.get_base_model() if has_adapter(lm.model) else lm.model
+    return base.get_input_embeddings(), base.get_output_embeddings()
+
+
+def steps_of_training(lm: DiffusionLM, steps: int = 3) -> DiffusionLM:
+    optimizer = torch.optim.AdamW([weight for weight in lm.model.parameters() if weight.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        F.cross_entropy(lm.logits(IDS, positions=torch.arange(12)), torch.arange(12) + 50).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return lm
+
+
+@tied_and_untied
+def test_a_fresh_dora_adapter_with_trained_tables_changes_nothing(base_of_kind, architecture):
+    base = base_of_kind(architecture)
+    lm = with_tables(base)
+    torch.testing.assert_close(logits_of(lm), logits_of(load(base)), rtol=0, atol=1e-5)
+    embeddings, head = tables_of(lm)
+    assert (embeddings.weight is head.weight) == (architecture != "qwen3")
+    assert (head.bias is None) == (architecture == "qwen3")
+
+
+@tied_and_untied
+def test_a_dora_adapter_and_trained_tables_are_saved_reloaded_restored_and_merged(base_of_kind, tmp_path, architecture):
+    base = base_of_kind(architecture)
+    lm = steps_of_training(with_tables(base))
+    expected, tied = logits_of(lm), architecture != "qwen3"
+    assert not torch.allclose(expected, logits_of(load(base)), atol=0.1)
+    lm.save(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        base
+    )
+
+    again = load(tmp_path / "adapter")
+    assert torch.equal(logits_of(again), expected)
+    other = steps_of_training(with_tables(base, seed=9), steps=1)
+    restore(other, tmp_path / "adapter")
+    assert torch.equal(logits_of(other), expected)
+
+    merged = merge(again)
+    torch.testing.assert_close(logits_of(merged), expected, rtol=0, atol=1e-5)
+    merged.save(tmp_path / "merged")
+    plain = load(tmp_path / "merged")
+    assert torch.equal(logits_of(plain), logits_of(merged))
+    for held in (again, other, merged, plain):
+        embeddings, head = tables_of(held)
+        assert (embeddings.weight is head.weight) == tied
+
+
+@tied_and_untied
+def test_plain_peft_opens_a_saved_adapter(base_of_kind, tmp_path, architecture):
+    from peft import PeftModel
+
+    lm = steps_of_training(with_tables(base_of_kind(architecture)))
+    lm.save(tmp_path)
+    plain = load(base_of_kind(architecture))
+    opened = DiffusionLM(PeftModel.from_pretrained(plain.model, str(tmp_path)), plain.tokenizer, plain.spec)
+    assert torch.equal(logits_of(opened), logits_of(lm))
+
+
+@tied_and_untied
+def test_the_adapter_and_the_trained_modules_alone_train(base_of_kind, architecture):
+    lm = with_tables(base_of_kind(architecture))
+    before = {name: value.clone() for name, value in lm.model.state_dict().items()}
+    steps_of_training(lm, steps=2)
+    moved = {name for name, value in lm.model.state_dict().items() if not torch.equal(before[name], value)}
+    trained = {name for name in before if "lora_" in name or "modules_to_save" in name}
+    assert moved <= trained
+    assert {name for name in trained - moved if "position" not in name} == set()
+
+
+def test_a_trained_module_is_not_adapted_too(base_of_kind):
+    lm = with_tables(base_of_kind("qwen3"), targets=["all-linear"], trained_modules=["1.mlp", "norm"])
+    assert not {name for name in targets_of(lm) if "layers.1.mlp" in name}
+    assert {name for name in targets_of(lm) if "layers.0.mlp" in name}
+    trained = {name for name, parameter in lm.model.named_parameters() if parameter.requires_grad}
+    assert sum("layers.1.mlp.modules_to_save" in name for name in trained) == 3
+    assert sum(name.endswith("model.norm.modules_to_save.default.weight") for name in trained) == 1
+
+
+def test_a_tied_table_is_saved_once_for_each_of_its_names_as_peft_does(base_of_kind, tmp_path):
+    with_tables(base_of_kind("bert")).save(tmp_path)
+    names = [name for name in load_file(tmp_path / "adapter_model.safetensors") if "lora_" not in name]
+    assert sorted(name.rsplit(".", 2)[1] for name in names) == ["decoder", "decoder", "word_embeddings"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "names", "said"),
+    [
+        ("qwen3", ["head"], r"Qwen3ForCausalLM has no module 'head'; .*model\.embed_tokens or lm_head"),
+        ("bert", ["cls"], r"cls holds weights tied to those of another module; name cls\.predictions\.decoder itself"),
+        ("bert", ["bert.embeddings"], r"name bert\.embeddings\.word_embeddings itself"),
+    ],
+)
+def test_modules_that_cannot_be_trained_whole_are_refused(base_of_kind, architecture, names, said):
+    with pytest.raises(ModelError, match=r"^lora\.trained_modules: .*" + said):
+        with_tables(base_of_kind(architecture), trained_modules=names)
+
+
 # --- what doesn't belong together
 
 

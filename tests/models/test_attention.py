@@ -1,13 +1,15 @@
 """Who sees whom: the block-causal mask against a plain double loop, and what models make of masks."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_mask
 
-from dllm_ray.models.attention import additive, block_causal
+from dllm_ray.models.attention import Pattern, additive, block_causal, dense, flex
 from dllm_ray.models.lm import DiffusionLM, LogitsModule
 
 WIDTH, BLOCK = 12, 4
@@ -49,7 +51,7 @@ def slow_block_causal(positions: list[list[int]], size: int, visible: list[list[
             line = []
             for key in range(len(places)):
                 sees = places[key] // size <= places[query] // size
-                if visible is not None and not visible[row][key]:
+                if visible is not None and not (visible[row][key] and visible[row][query]):
                     sees = False
                 line.append(sees or query == key)
             pattern.append(line)
@@ -67,7 +69,7 @@ def grids(draw):
     return positions, draw(st.integers(1, 10)), visible
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(grid=grids(), dtype=st.sampled_from([torch.int64, torch.bool, torch.float32]))
 def test_the_mask_is_what_the_definition_says(grid, dtype):
     positions, size, visible = grid
@@ -77,7 +79,7 @@ def test_the_mask_is_what_the_definition_says(grid, dtype):
     assert mask.tolist() == slow_block_causal(positions, size, visible)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(width=st.integers(1, 12), size=st.integers(1, 15))
 def test_the_same_positions_for_all_rows_need_be_given_once(width, size):
     padding = torch.randint(0, 2, (3, width), generator=torch.Generator().manual_seed(width))
@@ -285,3 +287,88 @@ def test_a_pattern_works_under_eager_with_weights_of_half_width():
     found = eager(IDS, pattern)
     assert found.dtype == torch.bfloat16
     assert (found.float() - exact).norm() / exact.norm() < 0.02
+
+
+# --- patterns, which stand for masks
+
+
+@st.composite
+def patterns(draw):
+    """Rows of samples with places, blocks of them, and a copy of each position that is clean or noisy."""
+    rows, width = draw(st.integers(1, 2)), draw(st.integers(1, 10))
+    numbers = lambda most: st.lists(st.integers(0, most), min_size=width, max_size=width)  # noqa: E731
+    grid = lambda most: torch.tensor([draw(numbers(most)) for _ in range(rows)])  # noqa: E731
+    blocks = draw(st.sampled_from(["none", "blocks", "noisy"]))
+    block = None if blocks == "none" else grid(3)
+    return Pattern(grid(2), grid(9), block, grid(1).bool() if blocks == "noisy" else None)
+
+
+def slow_pattern(pattern: Pattern, window: int | None) -> list:
+    made = []
+    for row, samples in enumerate(pattern.sample.tolist()):
+        lines = []
+        for query, key in itertools.product(range(len(samples)), repeat=2):
+            sees = samples[query] == samples[key] > 0
+            if pattern.block is not None:
+                block_query, block_key = pattern.block[row, query], pattern.block[row, key]
+                noisy_query, noisy_key = (
+                    (False, False) if pattern.noisy is None else (pattern.noisy[row, query], pattern.noisy[row, key])
+                )
+                if noisy_key:
+                    sees &= bool(noisy_query and block_query == block_key)
+                elif noisy_query:
+                    sees &= bool(block_key < block_query)
+                else:
+                    sees &= bool(block_key <= block_query)
+            if window is not None:
+                sees &= abs(int(pattern.position[row, query] - pattern.position[row, key])) <= window
+            lines.append(sees or query == key)
+        made.append([torch.tensor(lines).view(len(samples), -1).tolist()])
+    return made
+
+
+@settings(max_examples=60)
+@given(pattern=patterns(), window=st.none() | st.integers(0, 5))
+def test_a_pattern_is_the_mask_that_its_definition_says(pattern, window):
+    mask = dense(pattern, window)
+    assert mask.tolist() == slow_pattern(pattern, window)
+    blocks = flex(pattern, window)
+    assert torch.equal(create_mask(blocks.mask_mod, mask.shape[0], 1, *mask.shape[2:], device="cpu"), mask)
+
+
+BD3LM_PATTERN = Pattern(
+    sample=torch.tensor([[1] * 6 + [1] * 6, [1, 1, 1, 2, 2, 0] + [1, 1, 1, 2, 2, 0]]),
+    position=torch.tensor([[0, 1, 2, 3, 4, 5] * 2, [0, 1, 2, 0, 1, 0] * 2]),
+    block=torch.tensor([[0, 0, 1, 1, 2, 2] * 2, [0, 0, 1, 0, 0, 0] * 2]),
+    noisy=torch.tensor([[True] * 6 + [False] * 6] * 2),
+)
+LOCAL = {"local_attention": 4, "layer_types": ["sliding_attention", "full_attention"]}  # sees two to each side
+
+
+@pytest.mark.slow
+def test_flex_attention_sees_what_sdpa_sees(make_lm):
+    lm = make_lm("qwen3", num_hidden_layers=1)
+    arguments = IDS[:2], BD3LM_PATTERN, BD3LM_PATTERN.position
+    expected = lm.logits(*arguments)
+    lm.model.config._attn_implementation = "flex_attention"
+    found = lm.logits(*arguments)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_local_layers_keep_their_window_under_every_kind_of_mask(make_lm):
+    lm = make_lm("modernbert", seed=1, extra=LOCAL | {"layer_types": ["sliding_attention"] * 2})
+    everything = torch.ones((1, 1, WIDTH, WIDTH), dtype=torch.bool)
+    alone = lm.logits(IDS)
+    for mask in (everything, Pattern(torch.ones_like(IDS), counted(3)), torch.ones_like(IDS)):
+        torch.testing.assert_close(lm.logits(IDS, mask), alone, rtol=0, atol=1e-5)
+    moved = IDS.clone()
+    moved[:, 0] = 251
+    change = (lm.logits(moved, everything) - lm.logits(IDS, everything)).abs().amax(dim=(0, 2))
+    assert change[:5].gt(1e-7).all()
+    assert change[5:].eq(0).all()
+
+
+@pytest.mark.parametrize("architecture", ["llama"])
+def test_a_pattern_without_blocks_takes_those_of_a_block_causal_model(lm):
+    pattern = Pattern(torch.ones_like(IDS), counted(3))
+    assert torch.equal(blockwise(lm).logits(IDS, pattern), blockwise(lm).logits(IDS))

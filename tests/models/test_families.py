@@ -34,7 +34,7 @@ from dllm_ray.models.defaults import sampler_settings
 from dllm_ray.models.load import load, open_tokenizer
 from dllm_ray.models.mapping import to_native
 from dllm_ray.models.spec import DiffusionSpec
-from dllm_ray.objectives.mdlm import MDLM
+from dllm_ray.objectives import MDLM
 from dllm_ray.sampling import Sampler, SamplerConfig
 
 ABSENT = object()
@@ -334,6 +334,7 @@ SPECS = {
             eot_token_id=12,
             attention="block_causal",
             block_size=32,
+            padding="eos_block",
             sampler={"policy": name, "block_size": 32, "cache": "block"},
         )
         for name in ("llada2", "llada21")
@@ -346,7 +347,6 @@ def test_a_reference_checkpoint_has_the_facts_of_its_family(golden, golden_lm, f
     assert golden_lm(family).spec == SPECS[family]
     _, spec, _ = open_tokenizer(str(golden / family / "checkpoint"))
     assert spec == SPECS[family]
-    assert spec.padding == "eos"
 
 
 CONTEXT = {"llada": 1024, "modernbert": 1024}
@@ -560,8 +560,8 @@ def test_an_a2d_checkpoint_says_by_its_name_that_it_sees_blocks(golden, tmp_path
     folder = Path(shutil.copytree(golden / "a2d_qwen3" / "checkpoint", tmp_path / name))
     lm = load(folder)
     sampler = {"block_size": block_size, "cache": "block"}
-    expected = ("full", None, {}) if block_size is None else ("block_causal", block_size, sampler)
-    assert (lm.spec.attention, lm.spec.block_size, lm.spec.sampler) == expected
+    expected = ("full", None, {}, "eos") if block_size is None else ("block_causal", block_size, sampler, "block")
+    assert (lm.spec.attention, lm.spec.block_size, lm.spec.sampler, lm.spec.padding) == expected
     assert sampler_settings(str(folder)) == lm.spec.sampler
     lm.save(tmp_path / "saved")
     assert load(tmp_path / "saved").spec == lm.spec

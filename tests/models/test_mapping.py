@@ -111,28 +111,28 @@ SIZES = st.builds(
 # --- both directions
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(sizes=SIZES)
 def test_a_published_layout_becomes_the_native_one(sizes):
     published, native = both_layouts(sizes)
     assert equal(as_native(published, native), native)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(sizes=SIZES)
 def test_a_native_layout_becomes_the_published_one(sizes):
     published, native = both_layouts(sizes)
     assert equal(to_original(RULES, held(native)), published)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(sizes=SIZES)
 def test_there_and_back_gives_the_same_bits(sizes):
     published, native = both_layouts(sizes)
     assert equal(to_original(RULES, as_native(published, native)), published)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(sizes=SIZES)
 def test_back_and_there_gives_the_same_bits(sizes):
     _, native = both_layouts(sizes)

@@ -209,7 +209,7 @@ def write(file: Path, tensors: dict[str, torch.Tensor]) -> list[str]:
     return list(write_safetensors(file, {name: whole(HeldTensor(tensor)) for name, tensor in tensors.items()}))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(tensors=named_tensors())
 def test_what_is_written_is_read_back_by_safetensors_bit_for_bit(tmp_path_factory, tensors):
     file = tmp_path_factory.mktemp("written") / SINGLE
@@ -220,7 +220,7 @@ def test_what_is_written_is_read_back_by_safetensors_bit_for_bit(tmp_path_factor
         assert opened.metadata() == {"format": "pt"}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(tensors=named_tensors())
 def test_what_is_written_is_read_back_by_us_bit_for_bit(tmp_path_factory, tensors):
     folder = configured(tmp_path_factory.mktemp("written"))
@@ -228,7 +228,7 @@ def test_what_is_written_is_read_back_by_us_bit_for_bit(tmp_path_factory, tensor
     assert same(read(folder), tensors)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(tensors=named_tensors())
 def test_every_written_tensor_is_aligned_to_its_type(tmp_path_factory, tensors):
     folder = configured(tmp_path_factory.mktemp("written"))

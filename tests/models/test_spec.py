@@ -24,7 +24,7 @@ def test_a_spec_survives_json(more):
         (REQUIRED | {"eos_token_id": None}, "missing: eos_token_id"),
         (REQUIRED | {"attention": "causal"}, "attention: expected full or block_causal, got 'causal'"),
         (REQUIRED | {"attention": "block_causal"}, "block_size: block-causal attention needs a whole number above 0"),
-        (REQUIRED | {"padding": "left"}, "padding: expected eos or ignore, got 'left'"),
+        (REQUIRED | {"padding": "left"}, "padding: expected eos or ignore or block or eos_block, got 'left'"),
         (REQUIRED | {"mask_token_id": "<mask>"}, "not a token id: mask_token_id"),
         (REQUIRED | {"eot_token_id": 1.5}, "not a token id: eot_token_id"),
         ({}, "missing: eos_token_id, family, mask_token_id, pad_token_id"),

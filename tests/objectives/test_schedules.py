@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dllm_ray.errors import ConfigError
@@ -52,7 +52,6 @@ def test_everything_is_clean_at_0_and_masked_at_1(name):
 
 @NAMES
 @given(times, times)
-@settings(deadline=None)
 def test_alpha_falls(name, one, other):
     early, late = sorted((one, other))
     alphas = alpha_schedule(name).alpha(at(early, late))
@@ -61,7 +60,6 @@ def test_alpha_falls(name, one, other):
 
 @NAMES
 @given(times)
-@settings(deadline=None)
 def test_the_weight_is_the_slope_over_the_masked_share(name, time):
     schedule, t = alpha_schedule(name), at(time).requires_grad_()
     alpha = schedule.alpha(t)
@@ -71,7 +69,6 @@ def test_the_weight_is_the_slope_over_the_masked_share(name, time):
 
 @NAMES
 @given(st.lists(times, min_size=3, max_size=3))
-@settings(deadline=None)
 def test_unmasking_in_two_strides_is_unmasking_in_one(name, three):
     schedule = alpha_schedule(name)
     early, middle, late = (at(value) for value in sorted(three))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dllm_ray.sampling.noise import ORDER, TOKEN, mix, uniform
@@ -27,13 +27,11 @@ def splitmix(*numbers: int) -> int:
 
 
 @given(words, words, words)
-@settings(deadline=None)
 def test_mix_is_chained_splitmix64(one, two, three):
     assert mix(torch.tensor(one), two, torch.tensor(three)).item() % 2**64 == splitmix(one, two, three)
 
 
 @given(words, st.integers(0, 2**20), st.integers(0, 2**20))
-@settings(deadline=None)
 def test_numbers_lie_in_the_unit_interval_and_are_the_hashs_upper_bits(seed, step, position):
     number = draw(seed, step, position).item()
     assert 0 <= number < 1

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dllm_ray.sampling import proposals
@@ -183,7 +183,6 @@ def test_positions_have_their_own_filters():
     first=st.booleans(),
     like_masks=st.booleans(),
 )
-@settings(deadline=None)
 def test_the_mask_token_is_never_proposed_and_confidence_is_a_number(
     seed, kind, temperature, top_p, top_k, number, first, like_masks
 ):
@@ -221,7 +220,6 @@ def test_the_mask_token_keeps_its_share_in_the_confidence_of_others(kind):
     first=st.booleans(),
     temperature=st.sampled_from([0.5, 1.0, 3.0]),
 )
-@settings(deadline=None)
 def test_filters_keep_the_set_of_a_slow_loop_with_the_crossing_token_and_never_nothing(
     seed, top_p, top_k, first, temperature
 ):
@@ -339,7 +337,6 @@ def test_suppressed_tokens_are_impossible_and_others_untouched():
     top_p=st.none() | st.sampled_from([0.1, 0.9]),
     seed=st.integers(0, 2**31),
 )
-@settings(deadline=None)
 def test_an_impossible_token_is_never_drawn(width, possible, number, temperature, kind, top_p, seed):
     possible = {1 + token % (width - 2) for token in possible} - {MASK}  # neither the first nor the last
     assume(possible)
@@ -358,7 +355,6 @@ def test_an_impossible_token_is_never_drawn(width, possible, number, temperature
     wide=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-@settings(deadline=None)
 def test_the_likeliest_token_is_the_first_of_the_largest(width, levels, impossible, wide, seed):
     source = torch.Generator().manual_seed(seed)
     logits = torch.randint(levels, (3, width), generator=source).float() - levels / 2

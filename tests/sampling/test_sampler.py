@@ -99,7 +99,7 @@ ARCHITECTURES = pytest.mark.parametrize("architecture", ["bert", "llama"])
     per_block=st.none() | st.integers(1, 6),
     schedule=st.sampled_from(["linear", "cosine"]),
 )
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_greedy_rows_are_what_the_slow_denoiser_writes(
     sharp_lm, architecture, model, new, block, steps, per_block, schedule
 ):

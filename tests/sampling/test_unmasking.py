@@ -5,7 +5,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dllm_ray.sampling.unmasking import (
@@ -93,7 +93,6 @@ def test_linear_schedules_by_hand(masks, steps, counts):
 
 @SCHEDULES
 @given(masks=st.integers(0, 300), steps=st.integers(1, 300))
-@settings(deadline=None)
 def test_a_schedule_commits_every_mask_within_its_steps(schedule, masks, steps):
     counts = commit_schedule(masks, steps, schedule)
     assert sum(counts) == masks
@@ -110,7 +109,6 @@ def test_a_cosine_schedule_commits_few_tokens_first():
 
 @SCHEDULES
 @given(steps=st.integers(1, 200))
-@settings(deadline=None)
 def test_the_last_step_is_due_everything_that_is_left(schedule, steps):
     shares = due(steps, schedule)
     assert len(shares) == steps
@@ -120,7 +118,6 @@ def test_the_last_step_is_due_everything_that_is_left(schedule, steps):
 
 @given(masks=st.integers(0, 100), steps=st.integers(1, 100))
 @example(masks=32, steps=1)
-@settings(deadline=None)
 def test_a_cached_block_of_dream_commits_every_mask_and_the_first_alone(masks, steps):
     counts = dream_block_schedule(masks, steps)
     assert sum(counts) == masks
@@ -131,7 +128,6 @@ def test_a_cached_block_of_dream_commits_every_mask_and_the_first_alone(masks, s
 
 @SCHEDULES
 @given(masks=st.integers(0, 100), steps=st.integers(1, 40), seed=st.integers(-(2**63), 2**63 - 1))
-@settings(deadline=None)
 def test_drawn_counts_commit_every_mask_and_follow_from_the_seed(schedule, masks, steps, seed):
     counts = stochastic_schedule(masks, steps, schedule, seed, 3)
     assert sum(counts) == masks

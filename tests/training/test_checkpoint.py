@@ -17,7 +17,9 @@ def saved(make_lm, tmp_path):
     strategy = wrap(make_lm(), TrainConfig(learning_rate=1e-3))
     folder = tmp_path / "checkpoint"
     folder.mkdir()
-    checkpoint.save(folder, strategy, {"seed": 7, "train": {"betas": (0.9, 0.99)}}, {"step": 4, "valid_nll": 1.5})
+    checkpoint.save(
+        folder, strategy, {"seed": 7, "train": {"betas": (0.9, 0.99)}}, {"step": 4, "valid_nll": 1.5}, False
+    )
     return strategy, folder
 
 

@@ -7,7 +7,8 @@ from dllm_ray.models.adapters import add_lora
 from dllm_ray.models.config import LoRAConfig
 from dllm_ray.models.load import load
 from dllm_ray.models.spec import IGNORE_INDEX
-from dllm_ray.objectives.mdlm import MDLM, Part
+from dllm_ray.objectives import Part, build
+from dllm_ray.objectives.config import ObjectiveConfig
 from dllm_ray.sampling import Sampler, SamplerConfig
 from dllm_ray.training.config import TrainConfig
 from dllm_ray.training.loop import Batch, train_steps
@@ -24,10 +25,11 @@ def batch(seed: int = 0) -> Batch:
     return Batch({"input_ids": ids, "labels": labels}, Part(0, 4), ids.numel())
 
 
-def trained(lm, steps: int = STEPS):
+def trained(lm, steps: int = STEPS, objective: str = "mdlm"):
     settings = TrainConfig(learning_rate=1e-2, precision="float32", max_steps=steps)
     strategy = wrap(lm, settings)
-    results = list(train_steps(strategy, MDLM(lm.spec), [batch()] * steps, settings, steps, seed=0))
+    minimised = build(ObjectiveConfig(name=objective, block_size=8), lm.spec)
+    results = list(train_steps(strategy, minimised, [batch()] * steps, settings, steps, seed=0))
     lm.model.eval()
     return strategy, [result.loss.item() for result in results]
 
@@ -41,9 +43,10 @@ def lm(request, golden):
     return load(golden / request.param / "checkpoint")
 
 
-def test_every_weight_trains_and_the_loss_falls(lm):
+@pytest.mark.parametrize("objective", ["mdlm", "bd3lm"])
+def test_every_weight_trains_and_the_loss_falls(lm, objective):
     before = weights(lm)
-    _, losses = trained(lm, steps=20)
+    _, losses = trained(lm, steps=20, objective=objective)
     assert losses[-1] < losses[0]
     assert not [name for name, tensor in weights(lm).items() if torch.equal(tensor, before[name])]
 
@@ -65,7 +68,8 @@ def test_a_checkpoint_of_an_adapter_goes_on_where_it_was(lm, golden, tmp_path):
     again.load(tmp_path)
     for name, tensor in weights(strategy.lm).items():
         assert torch.equal(tensor, weights(again.lm)[name])
-    assert load(tmp_path).model.peft_config.keys() == strategy.lm.model.peft_config.keys()
+    strategy.export(tmp_path / "adapter")
+    assert load(tmp_path / "adapter").model.peft_config.keys() == strategy.lm.model.peft_config.keys()
 
 
 def test_a_checkpoint_of_the_whole_model_goes_on_where_it_was(lm, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dllm_ray.models.spec import IGNORE_INDEX
-from dllm_ray.objectives.mdlm import MDLM, Part
+from dllm_ray.objectives import MDLM, Part
 from dllm_ray.training import checkpoint
 from dllm_ray.training.config import TrainConfig
 from dllm_ray.training.loop import Batch, train_steps, validate
@@ -43,10 +43,10 @@ def test_training_lowers_the_loss_of_a_batch_it_sees_again_and_again(make_lm):
     settings = config(max_steps=60)
     strategy, objective = start(make_lm, settings)
     batch = make_batches(1)[0]
-    before, _ = validate(strategy, objective, [batch], settings, seed=0)
+    before, _ = validate(strategy, objective, [batch], seed=0)
     for _ in train_steps(strategy, objective, [batch] * 60, settings, 60, seed=0):
         pass
-    after, targets = validate(strategy, objective, [batch], settings, seed=0)
+    after, targets = validate(strategy, objective, [batch], seed=0)
     assert after < before / 2
     assert targets == 6 * 8
 
@@ -71,7 +71,7 @@ def test_a_resumed_run_repeats_the_undisturbed_one_to_the_last_bit(make_lm, tmp_
 
     strategy, objective = start(make_lm, settings)
     first = losses(strategy, objective, settings, batches[:3])
-    checkpoint.save(tmp_path, strategy, {"seed": 0}, {"step": 3, "valid_nll": None})
+    checkpoint.save(tmp_path, strategy, {"seed": 0}, {"step": 3, "valid_nll": None}, False)
 
     again, objective = start(make_lm, settings, seed=99)  # other weights, which restoring replaces
     state = checkpoint.restore(tmp_path, again)
@@ -124,7 +124,7 @@ def test_validation_repeats_itself_and_leaves_the_model_in_training_mode(make_lm
     strategy, objective = start(make_lm, settings)
     strategy.lm.model.train()
     batches = make_batches(2)
-    assert validate(strategy, objective, batches, settings, 0) == validate(strategy, objective, batches, settings, 0)
+    assert validate(strategy, objective, batches, 0) == validate(strategy, objective, batches, 0)
     assert strategy.lm.model.training
 
 
@@ -142,3 +142,40 @@ def test_filler_rows_change_neither_loss_nor_gradient(make_lm):
         filled.append(Batch(extra, Part(0, len(ids)), batch.tokens))
     expected = losses(*start(make_lm, settings), settings, plain)
     assert losses(*start(make_lm, settings), settings, filled) == pytest.approx(expected, rel=1e-5)
+
+
+def poisoned(batch: Batch, row: int) -> Batch:
+    """The batch with a token in one row whose embedding isn't a number."""
+    ids = batch.tensors["input_ids"].clone()
+    ids[row, 0] = POISON
+    return Batch(batch.tensors | {"input_ids": ids}, batch.part, batch.tokens)
+
+
+POISON = 9
+
+
+def test_a_row_that_is_not_finite_changes_no_weights_and_is_named(make_lm):
+    settings, batches = config(micro_batch_size=2), make_batches()
+    strategy, objective = start(make_lm, settings, architecture="qwen3")
+    with torch.no_grad():
+        strategy.lm.model.get_input_embeddings().weight[POISON] = torch.nan
+    batches[2] = poisoned(batches[2], 3)
+    results = []
+    before = after = None
+    for result in train_steps(strategy, objective, batches, settings, STEPS, seed=0):
+        results.append(result)
+        before, after = after, next(strategy.lm.model.model.layers.parameters()).clone()
+        if result.step == 3:
+            assert torch.equal(before, after)
+    assert [result.finite for result in results] == [True, True, False, True, True, True]
+    assert [result.poisoned for result in results] == [[], [], [3], [], [], []]
+    assert all(result.loss.isfinite() for result in results if result.finite)
+
+
+def test_a_wish_to_stop_is_told_with_the_step_in_which_it_came(make_lm):
+    settings = config()
+    answers = iter([False, False, True, True, True, True])
+    steps = train_steps(
+        *start(make_lm, settings), make_batches(), settings, STEPS, seed=0, asked_to_stop=lambda: next(answers)
+    )
+    assert [result.stop for result in steps] == [False, False, True, True, True, True]

@@ -12,7 +12,7 @@ from dllm_ray.data.batches import pad
 from dllm_ray.data.config import DataConfig
 from dllm_ray.models import convert
 from dllm_ray.models.load import load
-from dllm_ray.objectives.mdlm import MDLM, Part
+from dllm_ray.objectives import MDLM, Part
 from dllm_ray.training.config import TrainConfig
 from dllm_ray.training.loop import Batch, train_steps, validate
 from dllm_ray.training.strategies import wrap

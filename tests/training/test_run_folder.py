@@ -59,7 +59,7 @@ def test_other_settings_are_refused_by_name_and_nothing_is_lost(tmp_path):
 
 def test_settings_that_change_nothing_learned_may_change(tmp_path):
     leave(tmp_path, checkpoint_step=5)
-    other = changed(workers=1) | {"output_dir": "y", "sample_rows": 3, "sampler": {"steps": 4}}
+    other = changed(workers=1) | {"output_dir": "y", "observe": {"sample_rows": 3}, "sampler": {"steps": 4}}
     assert RunFolder(tmp_path, other).resumed
 
 

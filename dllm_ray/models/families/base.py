@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from dllm_ray.errors import ModelError
 from dllm_ray.models.mapping import Rule
+from dllm_ray.models.spec import Padding
 
 _REQUIRED = object()
 
@@ -128,7 +129,7 @@ class Family:
     """Whether it has no mask token: noise is drawn from the whole vocabulary."""
     sampler: Mapping[str, Any] = field(default_factory=dict)
     """Default sampler settings, by the names of `SamplerConfig`."""
-    padding: Literal["eos", "ignore"] = "eos"
+    padding: Padding = "eos"
     """How the family's own recipe fills up rows in training (`data.padding`)."""
     lora_targets: tuple[str, ...] | str = "all-linear"
     """Native modules that LoRA adapts by default; `all-linear` is every linear layer but the head."""
@@ -144,6 +145,11 @@ class Family:
         """Default sampler settings of the checkpoint at `path` with this config.json."""
         size = self.blocks(config, path)
         return dict(self.sampler) | ({} if size is None else {"block_size": size, "cache": "block"})
+
+    def padding_for(self, config: Mapping[str, Any], path: str) -> Padding:
+        """How the recipe of the checkpoint at `path` with this config.json fills up rows; one that only its name says
+        to be block-causal was trained in whole blocks."""
+        return "block" if self.attention == "full" and self.blocks(config, path) else self.padding
 
     @property
     def is_native(self) -> bool:

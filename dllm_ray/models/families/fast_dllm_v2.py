@@ -17,4 +17,5 @@ FAMILY = Family(
     mask_token_id=151665,
     eot_token="<|im_end|>",
     sampler={"policy": "low_confidence"},
+    padding="block",
 )

@@ -84,6 +84,7 @@ def _family(name: str, model_types: tuple[str, ...]) -> Family:
         mask_token_id=156895,
         eot_token="<|role_end|>",
         sampler={"policy": name},
+        padding="eos_block",
         # routed experts and router stay frozen
         lora_targets=r".*(self_attn\.[qkvo]_proj|mlp\.(shared_experts\.)?(gate|up|down)_proj)",
     )

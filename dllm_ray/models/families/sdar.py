@@ -26,6 +26,7 @@ def _family(name: str, native: str, architecture: str, rules: tuple[Rule, ...] =
         mask_token_id=151669,
         eot_token="<|im_end|>",
         sampler={"policy": "low_confidence"},
+        padding="block",
     )
 
 

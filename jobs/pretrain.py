@@ -1,0 +1,40 @@
+"""Trains a diffusion language model on documents.
+
+    python jobs/pretrain.py --config configs/pretrain/tiny.yaml --data.path book.txt
+    python jobs/pretrain.py --model.path MODEL_DIR --data.path 'corpus/*.jsonl' --train.max_steps 10000
+    ray job submit --working-dir . -- python jobs/pretrain.py --config my.yaml --output_dir /shared/my-run
+
+Documents are laid end to end and cut to `train.max_length`. With `train.max_steps` training begins at once and files
+are tokenized ahead of it; with `train.epochs` they are counted first. Resuming, interrupts and results are as in
+jobs/sft.py.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
+from dllm_ray.cli import run_job
+from dllm_ray.data.config import DataConfig
+from dllm_ray.training.job import TrainingJob
+
+
+@dataclass
+class PretrainJob(TrainingJob):
+    """Settings of jobs/pretrain.py."""
+
+    output_dir: str = "outputs/pretrain"
+    """Folder for checkpoints, the trained model, and the MLflow database."""
+    data: DataConfig = field(default_factory=lambda: DataConfig(format="text", padding="ignore", random_length=0.01))
+    """Training and validation data."""
+
+
+def main(job: PretrainJob) -> None:
+    from dllm_ray.training.run import run
+
+    run(job, "pretrain")
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(PretrainJob, main, __doc__))
