@@ -35,7 +35,7 @@ SMALLEST = {
 """The options without which a job can't know what to do."""
 OF_FILE = {"benchmark/sample.yaml": SAMPLE_BENCHMARK}
 """The jobs of settings files that aren't the first job of their folder's name."""
-NEEDS = dict.fromkeys(["gsm8k_tiny.yaml", "gsm8k.yaml", "tiny.yaml"], ["--data.path", "x"])
+NEEDS = {name: ["--data.path", "x"] for name in ("gsm8k_tiny.yaml", "gsm8k.yaml", "tiny.yaml")}
 """The options that a settings file leaves to the user."""
 
 

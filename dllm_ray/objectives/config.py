@@ -41,7 +41,7 @@ class ObjectiveConfig:
     """Positions in a block, counted from each sample's first; bd3lm only."""
     block_times: bool = False
     """A time for each block, as in the paper, where one for each sample is usual; bd3lm only."""
-    logits_at_once: int = 1024
+    logits_at_once: int = 512
     """Masked positions whose vocabulary logits are held at a time. More of them take a second pass through the
     vocabulary head in backward; the loss is the same."""
 

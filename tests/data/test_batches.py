@@ -114,8 +114,8 @@ class TestPack:
     def test_a_segment_is_what_the_sample_is_when_padded_alone(self, rows, rule):
         lengths = [length for row in rows for length in row]
         packs = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-        # room for four samples, and none that counts as cut
-        rule = PaddingRule(rule.kind, EOS, FILLER, 12, rule.block_size)
+        # room for four samples, completed to blocks, and none that counts as cut
+        rule = PaddingRule(rule.kind, EOS, FILLER, 40, rule.block_size)
         batch = pack(samples(lengths), packs, rule)
         assert {array.dtype for array in batch.values()} == {np.dtype(np.int64)}
         number = 0

@@ -15,7 +15,7 @@ from dllm_ray.sampling.engine import Commit, Finished, Row
 from dllm_ray.sampling.plan import Plan
 
 GRID = 4
-FEW = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+FEW = {"suppress_health_check": list(HealthCheck)}
 EVERY = pytest.mark.parametrize(
     ("policy", "cache"), [(policy, cache) for policy in POLICIES for cache in CACHES], ids=lambda value: value
 )
