@@ -57,8 +57,8 @@ class ModelConfig:
     device_map: str | None = None
     """Spread the layers over a worker's devices: `auto`, `balanced` or `sequential`; null: all on its own device."""
     compile: Literal["default", "reduce-overhead"] | None = None
-    """Compile the model's forward with `torch.compile` where it samples: minutes at first, then less time between
-    kernels; `reduce-overhead` uses CUDA graphs where shapes repeat. null: as it is."""
+    """Compile the model's forward with `torch.compile`, for sampling and for training: minutes at first, then less time
+    between kernels; `reduce-overhead` uses CUDA graphs where shapes repeat. null: as it is."""
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
     """The model to build when `path` is null."""
 

@@ -17,6 +17,7 @@ _BLOCK = 4
 _VOCABULARY = 64
 _DIFFERENT = 1e-6
 _SAME = 1e-4
+_SAME_HALF = 0.1
 
 
 def check_bidirectional(model) -> None:
@@ -94,6 +95,37 @@ def check_attention(model) -> None:
     wanted = block.unsqueeze(1) >= block
     if not torch.equal(influence(module, ids, wanted[None, None]), wanted):
         raise ModelError(f"{name}: a block-causal mask is not taken as it is given")
+
+
+def check_positions(model) -> None:
+    """Checks that a sample behind another one in a row gives the logits that it gives alone, once it is told its
+    positions and sees itself only. Packing and BD3LM rest on it.
+
+    Raises:
+        ModelError: it doesn't: the architecture goes by places in the row.
+    """
+    module = LogitsModule(model)
+    device = next(model.parameters()).device
+    vocabulary = min(model.get_input_embeddings().num_embeddings, _VOCABULARY)
+    ids = (torch.arange(_WIDTH, device=device) * 7 + 3).remainder(vocabulary).unsqueeze(0)
+    sample = torch.arange(_WIDTH, device=device) // _BLOCK
+    alone = (sample.unsqueeze(1) == sample)[None, None]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            packed = module(ids, alone, (torch.arange(_WIDTH, device=device) % _BLOCK).unsqueeze(0))[:, -_BLOCK:]
+            by_itself = module(ids[:, -_BLOCK:])
+        problem = f"logits differ by {(packed - by_itself).abs().max().item():.1g}"
+        same = torch.allclose(packed, by_itself, rtol=0, atol=_SAME if packed.dtype == torch.float32 else _SAME_HALF)
+    except Exception as error:  # an architecture that can't take such a mask fails at a place of its own
+        same, problem = False, f"{type(error).__name__}: {first_line(error)}"
+    model.train(was_training)
+    if not same:
+        raise ModelError(
+            f"{type(model).__name__} doesn't go by the mask and positions it is told ({problem}), which packing and "
+            "bd3lm need: train it with objective.name mdlm and without data.packing"
+        )
 
 
 def influence(module: LogitsModule, ids: Tensor, mask: Tensor | None) -> Tensor:

@@ -119,6 +119,7 @@ def _fit(
         total_steps=plan.steps,
         valid=prepared.valid,
         padding=prepared.padding,
+        packed=job.data.packing,
         settings=settings,
     )
     stream = TrainStream(prepared.feed, prepared.batching, prepared.padding, plan, shares.data_cpus)

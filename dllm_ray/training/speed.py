@@ -90,6 +90,7 @@ def under_ray(work: Workload, prepared: Prepared) -> Reading:
         total_steps=steps,
         valid=TokenRows.of([]),
         padding=prepared.padding,
+        packed=prepared.batching.rule == "packed",
         settings={},
     )
     run = prepared.run(1.0, steps)

@@ -32,6 +32,7 @@ from dllm_ray.models.adapters import add_lora, count_parameters
 from dllm_ray.models.config import LoRAConfig, ModelConfig
 from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.models.load import open_model
+from dllm_ray.models.probe import check_positions
 from dllm_ray.models.spec import DiffusionSpec
 from dllm_ray.objectives import Part, build
 from dllm_ray.objectives.config import ObjectiveConfig
@@ -75,6 +76,8 @@ class TrainTask:
     total_steps: int
     valid: TokenRows
     padding: PaddingRule
+    packed: bool
+    """Whether rows hold several samples."""
     settings: Mapping[str, Any]
     """The resolved settings of the job, saved with each checkpoint."""
 
@@ -252,6 +255,8 @@ class _Worker:
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(task.train.threads_per_worker or max(cores // self.context.get_local_world_size(), 1))
         lm = open_model(task.model, task.tokenizer, task.seed, str(device))
+        if task.packed or task.objective.name == "bd3lm":
+            check_positions(lm.model)
         lm.spec = trained_spec(lm, task.objective, task.sampler)
         if task.lora.rank is not None:
             lm = add_lora(lm, task.lora, task.seed)
@@ -263,6 +268,7 @@ class _Worker:
         self.checkpoints = 0
         self.skipped, self._last_skipped = 0, -1
         self._stopping: ray.ObjectRef | None = None
+        self._sent: ray.ObjectRef | None = None
 
     def run(self) -> None:
         task, train = self.task, self.task.train
@@ -300,7 +306,9 @@ class _Worker:
                     if due:
                         self._checkpoint(step, result.batch.cursor)
             if last:
-                return
+                break
+        if self._sent is not None:
+            ray.get(self._sent)  # a worker that ends takes messages under way with it
 
     def _restore(self) -> tuple[int, Mapping[str, Any] | None]:
         """The step to go on from, and where the data stood then."""

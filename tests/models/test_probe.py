@@ -286,3 +286,32 @@ def test_a_model_that_says_nothing_new_has_no_influence():
 def test_the_quick_check_tells_causal_from_bidirectional():
     probe.check_bidirectional(model())
     assert CAUSAL in refused(probe.check_bidirectional, model(is_causal=True))
+
+
+# --- positions
+
+
+class GoesByPlace(LlamaForCausalLM):
+    """Positions that it is told are dropped."""
+
+    def forward(self, input_ids, position_ids=None, **options):
+        # where a row begins makes no difference to rotary positions, so places are stretched
+        places = torch.arange(input_ids.shape[1]).square().expand_as(input_ids)
+        return super().forward(input_ids=input_ids, position_ids=places, **options)
+
+
+def test_an_architecture_that_goes_by_positions_passes(make_lm):
+    for architecture in ("bert", "roberta", "modernbert", "qwen3"):
+        probe.check_positions(make_lm(architecture).model)
+
+
+def test_one_that_goes_by_places_is_found_out():
+    with pytest.raises(ModelError, match="GoesByPlace doesn't go by the mask and positions .* without data.packing"):
+        probe.check_positions(model(GoesByPlace))
+
+
+def test_one_that_takes_no_such_mask_is_found_out(make_lm):
+    with pytest.raises(
+        ModelError, match="BloomForCausalLM doesn't go by the mask and positions it is told .ValueError"
+    ):
+        probe.check_positions(make_lm("bloom").model)
