@@ -159,6 +159,7 @@ def _work(job: TrainBenchmark):
     from dllm_ray.data import prepare
     from dllm_ray.data.tokenize import texts
     from dllm_ray.models import blueprint, load, tokenizers
+    from dllm_ray.training.run import prepare_data
     from dllm_ray.training.speed import Workload
 
     corpus = prepare.resolve(job.data, job.train.max_length, job.seed)
@@ -170,19 +171,8 @@ def _work(job: TrainBenchmark):
         tokenizer, spec, _ = load.open_tokenizer(job.model.path)
 
     def prepared(data: DataConfig):
-        return prepare.prepare(
-            replace(data, valid_rows=0),
-            corpus,
-            None,
-            tokenizer,
-            spec.stop_token_ids,
-            spec.pad_token_id,
-            job.seed,
-            batch_size=job.train.batch_size,
-            max_length=job.train.max_length,
-            max_steps=job.train.max_steps,
-            padding=spec.padding,
-            block_size=job.objective.block_size if job.objective.name == "bd3lm" else spec.block_size,
+        return prepare_data(
+            replace(data, valid_rows=0), corpus, None, tokenizer, spec, job.objective, job.train, job.seed
         )
 
     work = Workload(job.model, job.lora, tokenizer, job.objective, job.train, job.warmup_steps, job.seed)

@@ -1,7 +1,8 @@
 """Tokenized shards on disk, so that later passes and runs need not tokenize again.
 
 A shard's file is found by a hash of everything its tokens follow from: the shard, the version of its file, the rules
-and the tokenizer. So nothing is ever stale; a folder may be shared by jobs, and emptied at any time.
+and the tokenizer. A change that leaves a file's size and time as they were isn't noticed. A folder may be shared by
+jobs, and emptied at any time.
 """
 
 import dataclasses

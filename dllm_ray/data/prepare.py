@@ -339,9 +339,15 @@ def _account(source: Source, surveys: Sequence[_Survey]) -> Account:
 
 
 def _hold_out(surveys: Sequence[Sequence[_Survey]], count: int) -> tuple[TokenRows, list[list[np.ndarray]]]:
-    """The `count` candidates with the smallest priorities: their tokens, and their numbers in each shard."""
+    """The `count` candidates with the smallest priorities: their tokens, and their numbers in each shard. A source that
+    would lose all its rows keeps one to train on."""
     everything = np.concatenate([survey.priorities for own in surveys for survey in own])
     limit = np.sort(everything)[count - 1] if count else -1.0
+    for own in surveys:
+        chosen = np.concatenate([survey.priorities[survey.priorities <= limit] for survey in own])
+        if len(chosen) and len(chosen) == sum(len(survey.lengths) for survey in own):
+            for survey in own:
+                survey.priorities[survey.priorities == chosen.max()] = np.inf
     rows = [survey.candidates.take(np.flatnonzero(survey.priorities <= limit)) for own in surveys for survey in own]
     return TokenRows.join(rows), [[survey.numbers[survey.priorities <= limit] for survey in own] for own in surveys]
 

@@ -15,9 +15,10 @@ from dllm_ray.models.lm import LogitsModule
 _WIDTH = 12
 _BLOCK = 4
 _VOCABULARY = 64
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _DIFFERENT = 1e-6
 _SAME = 1e-4
-_SAME_HALF = 0.1
+_SAME_PLACES = 1e-5
 
 
 def check_bidirectional(model) -> None:
@@ -50,6 +51,19 @@ def check_architecture(model_class: type, config, where: str) -> None:
     Raises:
         ModelError: one of the three properties doesn't hold, or the copy can't be run.
     """
+    try:
+        check_attention(_small_copy(model_class, config))
+    except ModelError as error:
+        raise ModelError(f"{where}: {error}") from None
+    except Exception as error:  # an architecture that can't take such a mask fails at a place of its own
+        raise ModelError(
+            f"{where}: {model_class.__name__} can't be run as a diffusion model: {type(error).__name__} while its "
+            f"attention was checked: {first_line(error)}"
+        ) from error
+
+
+def _small_copy(model_class: type, config):
+    """A model with the architecture of a config, few layers, a small vocabulary and random weights."""
     small = copy.deepcopy(config)
     small.vocab_size = _VOCABULARY
     small.pad_token_id = small.eos_token_id = small.bos_token_id = 0
@@ -58,18 +72,9 @@ def check_architecture(model_class: type, config, where: str) -> None:
     small.initializer_range = 0.02  # whatever the model's own: the copy's weights must make a difference
     if getattr(small, "layer_types", None):
         small.layer_types = small.layer_types[:layers]
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = model_class(small).float().eval()
-        check_attention(model)
-    except ModelError as error:
-        raise ModelError(f"{where}: {error}") from None
-    except Exception as error:  # an architecture that can't take such a mask fails at a place of its own
-        raise ModelError(
-            f"{where}: {model_class.__name__} can't be run as a diffusion model: {type(error).__name__} while its "
-            f"attention was checked: {first_line(error)}"
-        ) from error
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return model_class(small).float().eval()
 
 
 def check_attention(model) -> None:
@@ -85,10 +90,8 @@ def check_attention(model) -> None:
     ids = (torch.arange(_WIDTH, device=device) * 7 + 3).remainder(vocabulary).unsqueeze(0)
     if not bool(influence(module, ids, None).all()):
         raise _causal(model)
-    padded = torch.cat([ids, ids[:, :_BLOCK]], dim=1)
-    mask = (torch.arange(padded.shape[1], device=device) < _WIDTH).long().unsqueeze(0)
     with torch.no_grad():
-        error = (module(padded, mask)[:, :_WIDTH] - module(ids)).abs().max().item()
+        error = _padding_error(module, ids)
     if not error < _SAME:
         raise ModelError(f"{name}: padding that is masked out changes the logits (by {error:.1g})")
     block = torch.arange(_WIDTH, device=device) // _BLOCK
@@ -97,35 +100,75 @@ def check_attention(model) -> None:
         raise ModelError(f"{name}: a block-causal mask is not taken as it is given")
 
 
-def check_positions(model) -> None:
-    """Checks that a sample behind another one in a row gives the logits that it gives alone, once it is told its
-    positions and sees itself only. Packing and BD3LM rest on it.
+def check_training(model, padded: bool, positions: bool) -> None:
+    """Checks, on a small copy with random weights, what training asks of an architecture.
+
+    Args:
+        model: of transformers, without an adapter.
+        padded: padding is masked out: it must change nothing.
+        positions: tokens are told their positions (packing, BD3LM): places in the row must not matter beside them.
 
     Raises:
-        ModelError: it doesn't: the architecture goes by places in the row.
+        ModelError: a property doesn't hold, or the copy can't be run so.
     """
-    module = LogitsModule(model)
-    device = next(model.parameters()).device
-    vocabulary = min(model.get_input_embeddings().num_embeddings, _VOCABULARY)
-    ids = (torch.arange(_WIDTH, device=device) * 7 + 3).remainder(vocabulary).unsqueeze(0)
-    sample = torch.arange(_WIDTH, device=device) // _BLOCK
-    alone = (sample.unsqueeze(1) == sample)[None, None]
-    was_training = model.training
-    model.eval()
+    name = type(model).__name__
     try:
+        module = LogitsModule(_small_copy(type(model), model.config))
+        ids = (torch.arange(_WIDTH) * 7 + 3).remainder(_VOCABULARY).unsqueeze(0)
         with torch.no_grad():
-            packed = module(ids, alone, (torch.arange(_WIDTH, device=device) % _BLOCK).unsqueeze(0))[:, -_BLOCK:]
-            by_itself = module(ids[:, -_BLOCK:])
-        problem = f"logits differ by {(packed - by_itself).abs().max().item():.1g}"
-        same = torch.allclose(packed, by_itself, rtol=0, atol=_SAME if packed.dtype == torch.float32 else _SAME_HALF)
+            padding = _padding_error(module, ids) if padded else 0.0
+            places = _places_error(module, ids) if positions else 0.0
     except Exception as error:  # an architecture that can't take such a mask fails at a place of its own
-        same, problem = False, f"{type(error).__name__}: {first_line(error)}"
-    model.train(was_training)
-    if not same:
         raise ModelError(
-            f"{type(model).__name__} doesn't go by the mask and positions it is told ({problem}), which packing and "
-            "bd3lm need: train it with objective.name mdlm and without data.packing"
+            f"{name} takes no masks as training needs them: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    if not padding < _SAME:
+        raise ModelError(
+            f"{name} sees padding that is masked out (logits change by {padding:.1g}): train it with data.padding eos"
         )
+    if not places < _SAME_PLACES:
+        raise ModelError(
+            f"{name} goes by places in the row beside the positions it is told (logits change by {places:.1g}), and "
+            "packing and bd3lm move tokens: train it with objective.name mdlm and without data.packing"
+        )
+
+
+def _padding_error(module: LogitsModule, ids: Tensor) -> float:
+    """How much logits [1, T] change when masked padding follows."""
+    padded = torch.cat([ids, ids[:, :_BLOCK]], dim=1)
+    mask = (torch.arange(padded.shape[1], device=ids.device) < ids.shape[1]).long().unsqueeze(0)
+    return (module(padded, mask)[:, : ids.shape[1]] - module(ids)).abs().max().item()
+
+
+def _places_error(module: LogitsModule, ids: Tensor) -> float:
+    """How much logits [1, T] change when tokens change places but not positions, under a mask that shows them all."""
+    width = ids.shape[1]
+    order = (torch.arange(width) * 5 + 2).remainder(width)  # 5 and the width have no common factor
+    everything = torch.ones((1, 1, width, width), dtype=torch.bool)
+    moved = module(ids[:, order], everything, order.unsqueeze(0))
+    return (moved - module(ids)[:, order]).abs().max().item()
+
+
+def unused_parameters(model) -> list[str]:
+    """Names of the parameters that no logits come from, such as a pooler's. Found in the graph of one small forward;
+    no gradient is computed. A mixture of experts has none: a few tokens don't reach every expert."""
+    config = model.config.get_text_config()
+    if any(getattr(config, name, None) for name in _EXPERTS):
+        return []
+    ids = torch.arange(1, 5, device=next(model.parameters()).device).unsqueeze(0)
+    with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        logits = LogitsModule(model)(ids)
+    seen, reached, waiting = set(), set(), [logits.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        reached.add(id(getattr(node, "variable", None)))
+        waiting += [following for following, _ in node.next_functions]
+    return [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in reached
+    ]
 
 
 def influence(module: LogitsModule, ids: Tensor, mask: Tensor | None) -> Tensor:

@@ -43,4 +43,4 @@ def within(u: Tensor, number: Tensor) -> Tensor:
         u: [B] the rows' own numbers.
         number: [B, T] which of the row's things a position belongs to, from 0.
     """
-    return ((u.double().unsqueeze(1) + number * _GOLDEN) % 1).float()
+    return ((u.double().unsqueeze(1) + number.double() * _GOLDEN) % 1).float()

@@ -36,3 +36,12 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     progress = (step - warmup) / max(total_steps - warmup, 1)
     factor = 1 - progress if config.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return config.learning_rate * factor
+
+
+def update(optimizer: torch.optim.Optimizer, rate: float, finite: bool) -> None:
+    """One step with a learning rate, left out where the gradient isn't finite; clears the gradient."""
+    if finite:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)

@@ -10,6 +10,7 @@ from typing import Any
 from dllm_ray import cluster, tracking
 from dllm_ray.config import to_dict, without_secrets
 from dllm_ray.data import prepare
+from dllm_ray.data.config import DataConfig
 from dllm_ray.data.mixture import TrainStream, map_shards
 from dllm_ray.data.prepare import Corpus, Prepared
 from dllm_ray.data.tokenize import texts
@@ -17,6 +18,7 @@ from dllm_ray.errors import ConfigError, ModelError
 from dllm_ray.models import adapters, blueprint, load, scratch, tokenizers
 from dllm_ray.models.spec import DiffusionSpec
 from dllm_ray.objectives import build
+from dllm_ray.objectives.config import ObjectiveConfig
 from dllm_ray.training import checkpoint, report, trainer
 from dllm_ray.training.config import Elastic, TrainConfig
 from dllm_ray.training.job import TrainingJob
@@ -63,20 +65,9 @@ def _train(job: TrainingJob, name: str, folder: RunFolder) -> None:
         early = prepare.needs_ray(corpus, job.train.max_steps)
         if early:
             shares = _join_cluster(job.train, stack)
-        prepared = prepare.prepare(
-            job.data,
-            corpus,
-            valid_corpus,
-            tokenizer,
-            spec.stop_token_ids,
-            spec.pad_token_id,
-            job.seed,
-            batch_size=job.train.batch_size,
-            max_length=job.train.max_length,
-            max_steps=job.train.max_steps,
-            padding=spec.padding,
-            block_size=_block_size(job, spec),
-            mapper=map_shards if early else map,
+        mapper = map_shards if early else map
+        prepared = prepare_data(
+            job.data, corpus, valid_corpus, tokenizer, spec, job.objective, job.train, job.seed, mapper
         )
         print(report.data_line(prepared), flush=True)
         folder.begin(prepared.fingerprint)
@@ -94,6 +85,35 @@ def _train(job: TrainingJob, name: str, folder: RunFolder) -> None:
         folder.update(mlflow_run=record.run_id)
         record.json("data.json", report.data_facts(prepared))
         _fit(job, name, folder, prepared, tokenizer, shares, record)
+
+
+def prepare_data(
+    data: DataConfig,
+    corpus: Corpus,
+    valid_corpus: Corpus | None,
+    tokenizer,
+    spec: DiffusionSpec,
+    objective: ObjectiveConfig,
+    train: TrainConfig,
+    seed: int,
+    mapper: prepare.Mapper = map,
+) -> Prepared:
+    """The data of a run of `train` over `corpus`, for a model and an objective; raises as `prepare.prepare`."""
+    return prepare.prepare(
+        data,
+        corpus,
+        valid_corpus,
+        tokenizer,
+        spec.stop_token_ids,
+        spec.pad_token_id,
+        seed,
+        batch_size=train.batch_size,
+        max_length=train.max_length,
+        max_steps=train.max_steps,
+        padding=spec.padding,
+        block_size=objective.block_size if objective.name == "bd3lm" else spec.block_size,
+        mapper=mapper,
+    )
 
 
 def _fit(
@@ -162,11 +182,6 @@ def _fit(
     watcher.close()
     print(f"model     {target}")
     print(f"tracking  run {record.run_id}: {tracking.ui_command(record.uri)}")
-
-
-def _block_size(job: TrainingJob, spec: DiffusionSpec) -> int | None:
-    """Positions in a block, where objective or model know blocks."""
-    return job.objective.block_size if job.objective.name == "bd3lm" else spec.block_size
 
 
 def _tokenizer_and_spec(job: TrainingJob, folder: RunFolder, corpus: Corpus) -> tuple[Any, DiffusionSpec]:

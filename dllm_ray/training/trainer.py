@@ -32,7 +32,7 @@ from dllm_ray.models.adapters import add_lora, count_parameters
 from dllm_ray.models.config import LoRAConfig, ModelConfig
 from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.models.load import open_model
-from dllm_ray.models.probe import check_positions
+from dllm_ray.models.probe import check_training, unused_parameters
 from dllm_ray.models.spec import DiffusionSpec
 from dllm_ray.objectives import Part, build
 from dllm_ray.objectives.config import ObjectiveConfig
@@ -255,8 +255,9 @@ class _Worker:
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(task.train.threads_per_worker or max(cores // self.context.get_local_world_size(), 1))
         lm = open_model(task.model, task.tokenizer, task.seed, str(device))
-        if task.packed or task.objective.name == "bd3lm":
-            check_positions(lm.model)
+        check_training(lm.model, task.padding.masks, task.packed or task.objective.name == "bd3lm")
+        for name in unused_parameters(lm.model):  # DDP would wait for their gradients
+            lm.model.get_parameter(name).requires_grad_(False)
         lm.spec = trained_spec(lm, task.objective, task.sampler)
         if task.lora.rank is not None:
             lm = add_lora(lm, task.lora, task.seed)

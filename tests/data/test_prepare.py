@@ -314,3 +314,16 @@ def test_sources_of_different_formats_go_together(tmp_path, prepare_data):
         paths.append(str(path))
     prepared = prepare_data(paths, valid_rows=0)
     assert (prepared.account.usable, prepared.rows) == (10, 10)
+
+
+def test_a_small_source_of_a_mixture_keeps_a_row_to_train_on(tmp_path, tokenizer):
+    for name, count in (("many", 50), ("one", 1)):
+        rows = [json.dumps({"prompt": f"{name} {number}", "response": "1"}) for number in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    sources = [SourceConfig(str(tmp_path / f"{name}.jsonl"), name) for name in ("many", "one")]
+    config = DataConfig(sources=sources)
+    for seed in range(40):
+        corpus = prepare.resolve(config, 64, seed)
+        prepared = prepare.prepare(config, corpus, None, tokenizer, [1], 0, seed, batch_size=4, max_length=64)
+        assert prepared.rows + len(prepared.valid) == 51
+        assert prepared.run(1.0, None).rows == prepared.rows

@@ -288,30 +288,39 @@ def test_the_quick_check_tells_causal_from_bidirectional():
     assert CAUSAL in refused(probe.check_bidirectional, model(is_causal=True))
 
 
-# --- positions
+# --- what training asks
 
 
 class GoesByPlace(LlamaForCausalLM):
     """Positions that it is told are dropped."""
 
     def forward(self, input_ids, position_ids=None, **options):
-        # where a row begins makes no difference to rotary positions, so places are stretched
-        places = torch.arange(input_ids.shape[1]).square().expand_as(input_ids)
-        return super().forward(input_ids=input_ids, position_ids=places, **options)
+        return super().forward(input_ids=input_ids, **options)
 
 
-def test_an_architecture_that_goes_by_positions_passes(make_lm):
+def test_architectures_that_go_by_positions_and_see_no_padding_pass(make_lm):
     for architecture in ("bert", "roberta", "modernbert", "qwen3"):
-        probe.check_positions(make_lm(architecture).model)
+        probe.check_training(make_lm(architecture).model, padded=True, positions=True)
 
 
-def test_one_that_goes_by_places_is_found_out():
-    with pytest.raises(ModelError, match="GoesByPlace doesn't go by the mask and positions .* without data.packing"):
-        probe.check_positions(model(GoesByPlace))
+def test_one_that_goes_by_places_is_found_out(make_lm):
+    for found, name in ((model(GoesByPlace), "GoesByPlace"), (make_lm("mpnet").model, "MPNetForMaskedLM")):
+        with pytest.raises(ModelError, match=rf"{name} goes by places in the row .* without data.packing"):
+            probe.check_training(found, padded=False, positions=True)
+        probe.check_training(found, padded=False, positions=False)
+
+
+def test_one_that_sees_padding_is_found_out():
+    with pytest.raises(ModelError, match=r"PaddingLeaks sees padding that is masked out .* data.padding eos"):
+        probe.check_training(model(PaddingLeaks), padded=True, positions=False)
 
 
 def test_one_that_takes_no_such_mask_is_found_out(make_lm):
-    with pytest.raises(
-        ModelError, match="BloomForCausalLM doesn't go by the mask and positions it is told .ValueError"
-    ):
-        probe.check_positions(make_lm("bloom").model)
+    with pytest.raises(ModelError, match="BloomForCausalLM takes no masks as training needs them: ValueError"):
+        probe.check_training(make_lm("bloom").model, padded=False, positions=True)
+
+
+def test_parameters_that_no_logits_come_from_are_named(make_lm):
+    assert probe.unused_parameters(make_lm("qwen3").model) == []
+    pooler = ["bert.pooler.bias", "bert.pooler.weight"]
+    assert sorted(probe.unused_parameters(make_lm("big_bird").model)) == pooler

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dllm_ray.models.adapters import restore
 from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.training.config import TrainConfig
-from dllm_ray.training.optimizer import build_optimizer
+from dllm_ray.training.optimizer import build_optimizer, update
 from dllm_ray.training.strategies.workers import Worker, expect
 
 MODEL = "model"
@@ -48,11 +48,7 @@ class DDP(Worker):
 
     def step(self, learning_rate: float, clip_norm: float) -> Tensor:
         norm = nn.utils.clip_grad_norm_(self.lm.model.parameters(), clip_norm or float("inf"))
-        if norm.isfinite():
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        update(self.optimizer, learning_rate, bool(norm.isfinite()))
         return norm
 
     def save(self, directory: Path) -> None:

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from dllm_ray.models.checkpoint import DISTRIBUTED
 from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.training.config import TrainConfig
-from dllm_ray.training.optimizer import build_optimizer
+from dllm_ray.training.optimizer import build_optimizer, update
 from dllm_ray.training.strategies.workers import (
     Worker,
     appearing_as,
@@ -79,15 +79,11 @@ class FSDP2(Worker):
     def step(self, learning_rate: float, clip_norm: float) -> Tensor:
         gradients = [p.grad.to_local() for p in self.lm.model.parameters() if p.grad is not None]
         norm = global_norm(gradients, self.device)
-        if norm.isfinite():
-            if clip_norm:
-                factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
-                for gradient in gradients:
-                    gradient.mul_(factor.to(gradient.device))
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if clip_norm:
+            factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            for gradient in gradients:
+                gradient.mul_(factor.to(gradient.device))
+        update(self.optimizer, learning_rate, bool(norm.isfinite()))
         return norm
 
     def save(self, directory: Path) -> None:
