@@ -149,7 +149,7 @@ def section(name: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(error.message, f"{name}.{error.field}") from None
+        raise ConfigError(error.message, name if error.field is None else f"{name}.{error.field}") from None
 
 
 def to_dict(settings: Any) -> dict[str, Any]:

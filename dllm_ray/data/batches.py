@@ -45,7 +45,9 @@ class PaddingRule:
 
     def __post_init__(self):
         if self.kind in ("block", "eos_block") and not self.block_size:
-            raise ConfigError(f"{self.kind} fills whole blocks up: set objective.block_size", "padding")
+            raise ConfigError(
+                f"{self.kind} fills up blocks: it needs objective.name bd3lm, or a model with blocks", "padding"
+            )
 
     @property
     def multiple(self) -> int:

@@ -85,13 +85,16 @@ def batches(
     for number, drawn, layouts in _chunks(feed, batching, run, read or feed.read, places, cursor["chunk"]):
         after = advance(places, drawn.rows)
         seen = np.zeros(len(drawn), dtype=bool)
+        progress = np.sort(drawn.rows["progress"])
         for count, layout in enumerate(layouts, start=1):
             seen[layout.rows] = True
             if count <= skip:
                 continue
             own = drawn[layout.rows]
             rows = _gather(own)
-            step, epoch, last = step + 1, max(epoch, float(own.rows["progress"].max())), count == len(layouts)
+            # the batches of a chunk may take its rows in any order, so they share out its progress evenly
+            epoch = max(epoch, float(progress[-(-len(progress) * count // len(layouts)) - 1]))
+            step, last = step + 1, count == len(layouts)
             given = after if last else advance(places, drawn.rows[seen])
             places_in_batch = np.arange(len(own)) if layout.packs is None else layout.packs
             yield GlobalBatch(

@@ -20,26 +20,30 @@ TASKS = Path(__file__).parent / "tasks"
 _LOCAL_FILES = "local_files"  # the group that stands in for tasks over local data; nobody asked for it by name
 
 
-def check_tasks(config: EvaluateConfig) -> None:
+def check_tasks(config: EvaluateConfig, section: str = "evaluate") -> None:
     """Checks before anything is loaded: folders, and the data files of tasks over local data, which are read through.
+
+    Args:
+        config: what is to be asked.
+        section: the settings' name in messages.
 
     Raises:
         EvaluationError: what is missing.
         DataError: a file is broken; the line is named.
     """
     if config.include_path is not None and not Path(config.include_path).is_dir():
-        raise EvaluationError(f"evaluate.include_path {config.include_path}: no such folder")
+        raise EvaluationError(f"{section}.include_path {config.include_path}: no such folder")
     ours = _our_tasks(config)
     for task in config.data_files:
         if task not in config.tasks:
-            raise EvaluationError(f"evaluate.data_files names {task!r}, which is not among evaluate.tasks")
+            raise EvaluationError(f"{section}.data_files names {task!r}, which is not among {section}.tasks")
     for task in config.tasks:
         settings = ours.get(task, {})
         files = settings.get("dataset_kwargs", {}).get("data_files")
         if task in config.data_files:
             files = {"test": config.data_files[task]}
         for file in files.values() if isinstance(files, Mapping) else ():
-            _check_file(task, file, _columns(settings))
+            _check_file(task, file, _columns(settings), section)
 
 
 def evaluate(model: DiffusionHarness, config: EvaluateConfig, seed: int) -> dict[str, Any]:
@@ -153,10 +157,10 @@ def _columns(task: Mapping[str, Any]) -> set[str]:
     return columns
 
 
-def _check_file(task: str, file: str, columns: set[str]) -> None:
+def _check_file(task: str, file: str, columns: set[str], section: str) -> None:
     if not any(mark in file for mark in "*?[") and "://" not in file and not Path(file).is_file():
         raise EvaluationError(
-            f"task {task}: no such data file: {file}. Name one with --evaluate.data_files.{task} FILE"
+            f"task {task}: no such data file: {file}. Name one with --{section}.data_files.{task} FILE"
         )
     if Path(file).suffix not in (".jsonl", ".json", ".csv", ".parquet"):
         return  # compressed, or something else that the harness may know

@@ -11,6 +11,7 @@ from dllm_ray.objectives.config import ObjectiveConfig
 from dllm_ray.sampling.config import SamplerConfig
 from dllm_ray.tracking import TrackingConfig
 from dllm_ray.training.config import TrainConfig
+from dllm_ray.training.strategies import check
 
 
 @dataclass
@@ -91,6 +92,8 @@ class TrainingJob:
         check_seed(self.seed)
         with section("sampler"):
             self.sampler.blocks()
+        with section("train"):
+            check(self.train, self.model.quantization)
         if self.train.learning_rate is None:
             rate = 1e-3 if self.model.path is None else 2e-5
             self.train = replace(self.train, learning_rate=rate)

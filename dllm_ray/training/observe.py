@@ -101,9 +101,12 @@ def _observe(look: Look, step: int, checkpoint: ray.train.Checkpoint) -> Seen:
         torch.set_num_threads(max((os.cpu_count() or 2) // 2, 1))
     try:
         with checkpoint.as_directory() as directory:
-            lm = open_model(replace(look.model, path=str(Path(directory) / MODEL)), device=device)
+            model = Path(directory) / MODEL
+            if not model.is_dir():
+                return Seen(step, problems=["newer checkpoints took its place (train.keep_checkpoints)"])
+            lm = open_model(replace(look.model, path=str(model)), device=device)
             return look_at(lm, look, step)
-    except (DllmRayError, OSError) as error:  # a newer checkpoint may have taken this one's place
+    except (DllmRayError, OSError) as error:
         return Seen(step, problems=[str(error)])
 
 

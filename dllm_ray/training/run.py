@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_ray import cluster, tracking
-from dllm_ray.config import to_dict, without_secrets
+from dllm_ray.config import section, to_dict, without_secrets
 from dllm_ray.data import prepare
 from dllm_ray.data.config import DataConfig
 from dllm_ray.data.mixture import TrainStream, map_shards
@@ -24,7 +24,6 @@ from dllm_ray.training.config import Elastic, TrainConfig
 from dllm_ray.training.job import TrainingJob
 from dllm_ray.training.observe import Look, Observer, free_gpu
 from dllm_ray.training.run_folder import CHECKPOINTS, FINAL, TOKENIZER, RunFolder
-from dllm_ray.training.strategies import check
 
 _TOKENIZER_ROWS = 100_000
 """Rows that a tokenizer from scratch is trained on, at most."""
@@ -51,15 +50,16 @@ def run(job: TrainingJob, name: str) -> None:
 
 
 def _train(job: TrainingJob, name: str, folder: RunFolder) -> None:
-    check(job.train, job.model.quantization)
     if job.observe.tasks:
         from dllm_ray.evaluation.run import check_tasks
 
-        check_tasks(job.observe.evaluation())
-    corpus = prepare.resolve(job.data, job.train.max_length, job.seed)
-    valid_corpus = prepare.resolve_valid(job.data, job.train.max_length, job.seed)
+        check_tasks(job.observe.evaluation(), "observe")
+    with section("data"):
+        corpus = prepare.resolve(job.data, job.train.max_length, job.seed)
+        valid_corpus = prepare.resolve_valid(job.data, job.train.max_length, job.seed)
     tokenizer, spec = _tokenizer_and_spec(job, folder, corpus)
-    build(job.objective, spec)  # what doesn't fit the model is known now
+    with section("objective"):
+        build(job.objective, spec)  # what doesn't fit the model is known now
 
     with contextlib.ExitStack() as stack:
         early = prepare.needs_ray(corpus, job.train.max_steps)
@@ -99,21 +99,22 @@ def prepare_data(
     mapper: prepare.Mapper = map,
 ) -> Prepared:
     """The data of a run of `train` over `corpus`, for a model and an objective; raises as `prepare.prepare`."""
-    return prepare.prepare(
-        data,
-        corpus,
-        valid_corpus,
-        tokenizer,
-        spec.stop_token_ids,
-        spec.pad_token_id,
-        seed,
-        batch_size=train.batch_size,
-        max_length=train.max_length,
-        max_steps=train.max_steps,
-        padding=spec.padding,
-        block_size=objective.block_size if objective.name == "bd3lm" else spec.block_size,
-        mapper=mapper,
-    )
+    with section("data"):
+        return prepare.prepare(
+            data,
+            corpus,
+            valid_corpus,
+            tokenizer,
+            spec.stop_token_ids,
+            spec.pad_token_id,
+            seed,
+            batch_size=train.batch_size,
+            max_length=train.max_length,
+            max_steps=train.max_steps,
+            padding=spec.padding,
+            block_size=objective.block_size if objective.name == "bd3lm" else spec.block_size,
+            mapper=mapper,
+        )
 
 
 def _fit(

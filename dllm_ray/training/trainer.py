@@ -298,14 +298,14 @@ class _Worker:
                     self._not_finite(result)
             last = step == task.total_steps or result.stop
             due = last or step % checkpoint_every == 0
+            if not result.stop and (due or step % validate_every == 0):
+                with meter.paused():
+                    self._validate(step)
             if result.finite and (due or step == 1 or step % train.log_every == 0):
                 self._log(result, meter)
-            if due or step % validate_every == 0:
+            if due:
                 with meter.paused():
-                    if not result.stop:
-                        self._validate(step)
-                    if due:
-                        self._checkpoint(step, result.batch.cursor)
+                    self._checkpoint(step, result.batch.cursor)
             if last:
                 break
         if self._sent is not None:

@@ -78,7 +78,7 @@ class TestPad:
 
     @pytest.mark.parametrize("kind", ["block", "eos_block"])
     def test_whole_blocks_need_a_block_size(self, kind):
-        with pytest.raises(ConfigError, match=f"{kind} fills whole blocks up: set objective.block_size") as caught:
+        with pytest.raises(ConfigError, match=f"{kind} fills up blocks: it needs objective.name bd3lm") as caught:
             rule(kind, block_size=None)
         assert caught.value.field == "padding"
 
