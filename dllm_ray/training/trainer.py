@@ -22,6 +22,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dllm_ray.cluster import Shares
 from dllm_ray.data.batches import PaddingRule, deal, pad
@@ -110,7 +111,8 @@ def fit(
         KeyboardInterrupt: the user interrupted, and the workers have saved a checkpoint; at once at a second time, or
             before training began.
     """
-    mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    mailbox = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()  # another node may be lost
     scored = {"checkpoint_score_attribute": "valid_nll", "checkpoint_score_order": "min"} if len(task.valid) else {}
     resources = {"CPU": shares.cpus} | ({"GPU": shares.gpus} if shares.gpus else {})
     trainer = ray.train.torch.TorchTrainer(
@@ -157,7 +159,7 @@ def fit(
     result = outcome["result"]
     if result.checkpoint is None:
         raise TrainingError("training ended without a checkpoint")
-    if result.metrics["step"] < task.total_steps:
+    if interrupted and result.metrics["step"] < task.total_steps:
         raise KeyboardInterrupt
     return result.checkpoint
 
@@ -352,6 +354,9 @@ class _Worker:
             origins=result.batch.origins[rows].tolist(),
         )
         if fatal:
+            if self._sent is not None:
+                ray.get(self._sent)
+            self.strategy.sum(torch.zeros((), device=self.strategy.device))  # the names reach the driver first
             raise TrainingError(f"the run diverged at step {result.step}")
 
     def _log(self, result: StepResult, meter: Meter) -> None:

@@ -73,8 +73,8 @@ def train(output_dir: Path, **changes: str) -> subprocess.CompletedProcess:
 
 
 def start_training(output_dir: Path, log: Path, **changes: str) -> subprocess.Popen:
-    """Begins to train the tiny model; `RAY_ADDRESS` among the changes is the cluster to join."""
-    variables = environment() | {name: changes.pop(name) for name in ("RAY_ADDRESS",) if name in changes}
+    """Begins to train the tiny model; changes called `RAY_...` are variables that say which cluster to join."""
+    variables = environment() | {name: changes.pop(name) for name in list(changes) if name.startswith("RAY_")}
     settings = TINY | {"output_dir": str(output_dir)} | {k.replace("__", "."): v for k, v in changes.items()}
     with log.open("w") as file:
         return subprocess.Popen(

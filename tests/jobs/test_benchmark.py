@@ -23,7 +23,10 @@ def test_three_loops_are_measured_and_compared(tmp_path):
     figures = json.loads(path.read_text())
     speeds = figures["tokens_per_s"]
     assert set(speeds) == {"under Ray Train", "the same loop alone", "bare loop, all logits"}
-    assert all(len(readings) == 2 and min(readings) > 0 for readings in figures["readings"].values())
+    for turns in figures["readings"].values():
+        assert len(turns) == 1 and len(turns[0]["tokens_per_s"]) == 2 and min(turns[0]["tokens_per_s"]) > 0
+    assert all(peak > 0 for peak in figures["peak_memory_gb"].values())
+    assert 0 <= figures["data_wait"] < 1
     ours = speeds["under Ray Train"]
     assert figures["ratio_to_same_loop"] == pytest.approx(ours / speeds["the same loop alone"])
     assert figures["ratio_to_bare_loop"] == pytest.approx(ours / speeds["bare loop, all logits"])

@@ -33,29 +33,32 @@ def lm(tmp_path_factory):
 
 def test_its_nll_on_held_out_instructions_falls(lm, real_data):
     source = str(real_data / "instruct" / "alpaca_en_demo.json")
-    corpus = prepare.resolve(DataConfig(path=source, valid_rows=32), source, WIDTH)
+    data = DataConfig(path=source, valid_rows=32)
     prepared = prepare.prepare(
-        DataConfig(path=source, valid_rows=32),
-        corpus,
+        data,
+        prepare.resolve(data, WIDTH),
         None,
         lm.tokenizer,
         lm.spec.stop_token_ids,
         lm.spec.pad_token_id,
         0,
+        batch_size=ROWS,
+        max_length=WIDTH,
+        max_steps=STEPS,
     )
     settings = TrainConfig(learning_rate=5e-4, precision="bf16", max_steps=STEPS)
     strategy, objective = wrap(lm, settings), MDLM(lm.spec)
 
-    def batch(rows):
-        tensors = {name: torch.from_numpy(array) for name, array in pad(rows, prepared.padding).items()}
-        return Batch(tensors, Part(0, len(rows)), len(rows.ids))
+    def batch(arrays):
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return Batch(tensors, Part(0, len(arrays["input_ids"])), arrays["input_ids"].size)
 
-    batches = [batch(rows) for rows in prepared.global_batches(ROWS, STEPS * ROWS)]
-    valid = [batch(prepared.valid)]
-    before, _ = validate(strategy, objective, valid, settings, seed=0)
+    batches = [batch(made.arrays) for made in prepared.batches(prepared.run(1.0, STEPS))]
+    valid = [batch(pad(prepared.valid, prepared.padding))]
+    before, _ = validate(strategy, objective, valid, seed=0)
     for _ in train_steps(strategy, objective, batches, settings, STEPS, seed=0):
         pass
-    after, _ = validate(strategy, objective, valid, settings, seed=0)
+    after, _ = validate(strategy, objective, valid, seed=0)
     assert before > 9  # the new head knows nothing: log(30,522) = 10.3
     assert after < before - 2
 
