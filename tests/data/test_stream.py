@@ -67,6 +67,14 @@ def test_a_run_is_as_long_as_was_said(run_of):
     assert [batch.cursor["step"] for batch in batches] == list(range(1, run.steps + 1))
 
 
+def test_progress_grows_with_the_batches_to_the_epochs_asked_for(run_of):
+    _, _, batches = run_of
+    epochs = [batch.cursor["epoch"] for batch in batches]
+    assert epochs == sorted(epochs) and epochs[-1] == pytest.approx(EPOCHS)
+    for number, epoch in enumerate(epochs, start=1):  # batches of a chunk come in any order, its progress doesn't
+        assert epoch == pytest.approx(EPOCHS * number / len(epochs), abs=0.35)
+
+
 def test_an_epoch_holds_every_training_row_once(run_of):
     prepared, _, batches = run_of
     seen = origins(batches)

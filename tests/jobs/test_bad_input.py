@@ -99,6 +99,8 @@ def test_a_max_length_shorter_than_every_prompt(fails):
         ("model.scratch.vocab_size", "257", "vocab_size 257 is too small"),
         ("model.adapter", "adapter", "model.path: an adapter or quantization needs a model to load"),
         ("data.columns", "{query: question}", "'query' is no column of ours"),
+        ("data.padding", "block", "data.padding: block fills up blocks: it needs objective.name bd3lm"),
+        ("data.max_tokens_per_batch", "9", "data.max_tokens_per_batch: "),
         ("config", "gone.yaml", "no such settings file: gone.yaml"),
     ],
 )
