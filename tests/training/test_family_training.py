@@ -6,6 +6,7 @@ import torch
 from dllm_ray.models.adapters import add_lora
 from dllm_ray.models.config import LoRAConfig
 from dllm_ray.models.load import load
+from dllm_ray.models.probe import check_training, unused_parameters
 from dllm_ray.models.spec import IGNORE_INDEX
 from dllm_ray.objectives import Part, build
 from dllm_ray.objectives.config import ObjectiveConfig
@@ -49,6 +50,11 @@ def test_every_weight_trains_and_the_loss_falls(lm, objective):
     _, losses = trained(lm, steps=20, objective=objective)
     assert losses[-1] < losses[0]
     assert not [name for name, tensor in weights(lm).items() if torch.equal(tensor, before[name])]
+
+
+def test_it_is_fit_for_padding_packing_and_block_diffusion(lm):
+    check_training(lm.model, padded=True, positions=True)
+    assert unused_parameters(lm.model) == []
 
 
 def test_an_adapter_trains_and_nothing_else(lm):
