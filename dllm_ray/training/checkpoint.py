@@ -17,12 +17,11 @@ from typing import Any
 
 from dllm_ray.config import to_yaml
 from dllm_ray.output import replace_directory
-from dllm_ray.training.strategies.base import Strategy
+from dllm_ray.training.strategies.base import MODEL, Strategy
 
 STATE = "state.json"
 SETTINGS = "config.yaml"
 PROVENANCE = "provenance.json"
-MODEL = "model"
 
 
 def save(

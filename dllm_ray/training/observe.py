@@ -26,8 +26,8 @@ from dllm_ray.models.load import open_model
 from dllm_ray.models.spec import IGNORE_INDEX
 from dllm_ray.sampling.config import SamplerConfig
 from dllm_ray.sampling.sampler import Sampler
-from dllm_ray.training.checkpoint import MODEL
 from dllm_ray.training.report import Seen
+from dllm_ray.training.strategies.base import MODEL
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,12 @@ from collections import defaultdict
 from pathlib import Path
 
 import psutil
+import pytest
 from mlflow import MlflowClient
 
 ROOT = Path(__file__).resolve().parents[2]
+HANGS_S = 600
+"""How long a test waits for a job before it makes the job say where it hangs; none takes a quarter of this."""
 
 TINY = {
     "model.scratch.architecture": "bert",
@@ -49,6 +52,7 @@ def environment() -> dict[str, str]:
     variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return variables | {
         "HF_HUB_OFFLINE": "1",
+        "PYTHONFAULTHANDLER": "1",  # where a process is when it is aborted
         "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
@@ -60,16 +64,37 @@ def command(job: str, settings: dict[str, str]) -> list[str]:
     return [sys.executable, f"jobs/{job}.py", *words]
 
 
+def complete(words: list[str], **options) -> subprocess.CompletedProcess:
+    """Runs a command to its end, in the jobs' environment unless told otherwise."""
+    options = {"cwd": ROOT, "env": environment()} | options
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    try:
+        output, errors = process.communicate(timeout=HANGS_S)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        pytest.fail("hangs: {} {}".format(*process.communicate(timeout=60)))
+    return subprocess.CompletedProcess(words, process.returncode, output, errors)
+
+
+def ended(driver: subprocess.Popen, log: Path) -> int:
+    """The exit status of a run that `start_training` began."""
+    try:
+        return driver.wait(HANGS_S)
+    except subprocess.TimeoutExpired:
+        driver.send_signal(signal.SIGABRT)
+        driver.wait(60)
+        pytest.fail(f"hangs: {log.read_text()}")
+
+
 def run(job: str, **settings: str) -> subprocess.CompletedProcess:
     """Runs a job to its end; dots in names of settings are written as __."""
-    words = {name.replace("__", "."): value for name, value in settings.items()}
-    return subprocess.run(command(job, words), cwd=ROOT, env=environment(), capture_output=True, text=True)
+    return complete(command(job, {name.replace("__", "."): value for name, value in settings.items()}))
 
 
 def train(output_dir: Path, **changes: str) -> subprocess.CompletedProcess:
     """Trains the tiny model."""
     settings = TINY | {"output_dir": str(output_dir)} | {k.replace("__", "."): v for k, v in changes.items()}
-    return subprocess.run(command("sft", settings), cwd=ROOT, env=environment(), capture_output=True, text=True)
+    return complete(command("sft", settings))
 
 
 def start_training(output_dir: Path, log: Path, **changes: str) -> subprocess.Popen:

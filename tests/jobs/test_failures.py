@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from jobs_testing import environment, history, runs, start_training, train, train_workers
+from jobs_testing import HANGS_S, ended, environment, history, runs, start_training, train, train_workers
 
 pytestmark = pytest.mark.slow
 
@@ -35,8 +35,11 @@ def begin(tmp_path, storage=None, **changes):
     """A run whose first checkpoint Ray Train has on record, and that is some steps further."""
     driver = start_training(tmp_path / "run", tmp_path / "log", **SETTINGS | changes)
     storage = storage or tmp_path / "run" / "checkpoints"
+    began = time.monotonic()
     while not any("checkpoint_2" in record.read_text() for record in storage.rglob("checkpoint_manager_snapshot.json")):
-        assert driver.poll() is None, (tmp_path / "log").read_text()
+        if driver.poll() is not None or time.monotonic() - began > HANGS_S:
+            ended(driver, tmp_path / "log")
+            pytest.fail((tmp_path / "log").read_text())
         time.sleep(0.02)
     return driver
 
@@ -63,7 +66,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_well(tmp_path, undisturbed
     driver = begin(tmp_path, train__strategy=strategy)
     os.kill(train_workers(driver)[1].pid, signal.SIGKILL)
     log = tmp_path / "log"
-    assert driver.wait() == 0, log.read_text()
+    assert ended(driver, log) == 0, log.read_text()
     step = resumed_at(log.read_text())
     assert step >= EVERY and step % EVERY == 0
     check_curve(tmp_path / "run", undisturbed)
@@ -76,7 +79,7 @@ def test_a_killed_driver_takes_its_workers_along_and_the_same_command_resumes(tm
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
     assert len(workers) == 2
-    psutil.wait_procs(workers)
+    assert not psutil.wait_procs(workers, timeout=HANGS_S)[1]
 
     done = train(tmp_path / "run", **SETTINGS)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -107,7 +110,7 @@ def test_an_interrupt_saves_and_a_full_disk_loses_nothing(tmp_path, undisturbed)
         driver = begin(tmp_path, store, **placed)
         driver.send_signal(signal.SIGINT)
         log = tmp_path / "log"
-        assert driver.wait() == 130, log.read_text()
+        assert ended(driver, log) == 130, log.read_text()
         assert "saving a checkpoint" in log.read_text() and "Traceback" not in log.read_text()
         (record,) = runs(tmp_path / "run")
         assert record.info.status == "KILLED"
@@ -157,7 +160,7 @@ def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(tmp_path, undistu
         nodes.stdin.write("\n")
         nodes.stdin.flush()
         log = tmp_path / "log"
-        assert driver.wait() == 0, log.read_text()
+        assert ended(driver, log) == 0, log.read_text()
         assert "for 240 steps with 2 workers" in log.read_text()
         step = resumed_at(log.read_text())
         assert f"from step {step} of 240 steps with 1 worker" in log.read_text() and step % EVERY == 0

@@ -2,11 +2,10 @@
 
 import io
 import json
-import subprocess
 import sys
 
 import pytest
-from jobs_testing import ROOT, environment, load_job, run, runs
+from jobs_testing import complete, load_job, run, runs
 from rich.console import Console
 
 from dllm_ray.cli import run_job
@@ -53,9 +52,7 @@ def test_a_single_prompt_is_answered_without_ray(make_lm, tmp_path):
     settings = {"model__path": str(tmp_path / "model"), "prompt": "sort 21", "html": str(tmp_path / "page.html")}
     words = {"output_dir": str(tmp_path / "out")} | settings | SAMPLER
     argv = [word for name, value in words.items() for word in (f"--{name.replace('__', '.')}", value)]
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_RAY, *argv], cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
+    done = complete([sys.executable, "-c", WITHOUT_RAY, *argv])
     assert done.returncode == 0, done.stderr
     assert len(read_lines(tmp_path / "out" / "samples.jsonl")) == 1 and (tmp_path / "page.html").is_file()
 

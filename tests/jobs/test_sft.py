@@ -1,12 +1,11 @@
 """jobs/sft.py from end to end: what it leaves behind."""
 
 import json
-import subprocess
 
 import pytest
 import torch
 import yaml
-from jobs_testing import ROOT, command, environment, history, run, runs, train
+from jobs_testing import ROOT, command, complete, history, run, runs, train
 
 pytestmark = pytest.mark.slow
 
@@ -137,7 +136,7 @@ def test_an_adapter_on_4_bits_is_trained_on_a_model_that_stays_as_it_is_and_is_e
     }
     words = command("sft", settings)
     words[1] = str(ROOT / words[1])
-    done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    done = complete(words, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "of them trained" in done.stdout
     final = tmp_path / "run" / "final"

@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from jobs_testing import ROOT, TINY, environment, runs
+from jobs_testing import HANGS_S, TINY, complete, environment, runs
 
 pytestmark = pytest.mark.slow
 
@@ -36,6 +36,7 @@ def head(tmp_path):
         "dashboard-host": "127.0.0.1",
         "dashboard-port": dashboard,
         "ray-client-server-port": free_port(),
+        "dashboard-agent-listen-port": free_port(),  # without it no job can be submitted, and others may have it
         "num-cpus": 4,
     }
     words = [f"--{name}={value}" for name, value in options.items()]
@@ -49,8 +50,10 @@ def head(tmp_path):
         )
     address = f"http://127.0.0.1:{dashboard}"
     try:
+        began = time.monotonic()
         while not answers(address, token.read_text()):
-            assert process.poll() is None, (tmp_path / "head.log").read_text()
+            up = process.poll() is None and time.monotonic() - began < HANGS_S
+            assert up, (tmp_path / "head.log").read_text()
             time.sleep(0.5)
         yield address, variables
     finally:
@@ -61,7 +64,7 @@ def head(tmp_path):
 def answers(address: str, token: str) -> bool:
     request = urllib.request.Request(f"{address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
     try:
-        with urllib.request.urlopen(request) as response:
+        with urllib.request.urlopen(request, timeout=30) as response:
             return response.status == 200
     except OSError:
         return False
@@ -73,10 +76,11 @@ def test_a_submitted_job_trains_on_the_cluster_and_mlflow_holds_its_run(head, tm
     words = [word for name, value in settings.items() for word in (f"--{name}", value)]
     job = ["python", "jobs/sft.py", *words]
     submit = [RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", *job]
-    done = subprocess.run(submit, cwd=ROOT, env=variables, capture_output=True, text=True)
-    while "No available agent" in done.stderr:  # the head answers before it can take jobs
-        time.sleep(1)
-        done = subprocess.run(submit, cwd=ROOT, env=variables, capture_output=True, text=True)
+    began = time.monotonic()
+    done = complete(submit, env=variables)
+    while "No available agent" in done.stderr and time.monotonic() - began < HANGS_S:
+        time.sleep(1)  # the head answers before it can take jobs
+        done = complete(submit, env=variables)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "train: step 10/10" in done.stdout
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
@@ -85,14 +89,12 @@ def test_a_submitted_job_trains_on_the_cluster_and_mlflow_holds_its_run(head, tm
 
     # bad input fails the submitted job too
     bad = [*submit, "--train.batch_size", "0"]
-    refused = subprocess.run(bad, cwd=ROOT, env=variables, capture_output=True, text=True)
+    refused = complete(bad, env=variables)
     assert refused.returncode != 0
     assert "train.batch_size: must be at least 1" in refused.stdout
 
     # and so does everybody without the token
     stranger = {name: value for name, value in variables.items() if not name.startswith("RAY_AUTH")}
     stranger |= {"HOME": str(tmp_path)}
-    refused = subprocess.run(
-        [RAY, "job", "list", "--address", address], env=stranger, capture_output=True, text=True, cwd=tmp_path
-    )
+    refused = complete([RAY, "job", "list", "--address", address], env=stranger, cwd=tmp_path)
     assert refused.returncode != 0, os.linesep.join([refused.stdout, refused.stderr])

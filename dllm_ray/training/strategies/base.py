@@ -9,6 +9,9 @@ from torch import Tensor
 
 from dllm_ray.models.lm import DiffusionLM
 
+MODEL = "model"
+"""The Hugging Face directory in a checkpoint's folder."""
+
 
 class Strategy(Protocol):
     """A model and its optimizer, spread over the workers of a process group."""

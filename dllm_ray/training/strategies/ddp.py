@@ -10,10 +10,9 @@ from dllm_ray.models.adapters import restore
 from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.training.config import TrainConfig
 from dllm_ray.training.optimizer import build_optimizer, update
+from dllm_ray.training.strategies.base import MODEL
 from dllm_ray.training.strategies.workers import Worker, expect
 
-MODEL = "model"
-"""The Hugging Face directory in a checkpoint's folder."""
 _OPTIMIZER = "optimizer.pt"
 
 
