@@ -21,6 +21,7 @@ from dllm_ray import chat
 from dllm_ray.config import to_dict
 from dllm_ray.errors import DataError, OutputError
 from dllm_ray.models.adapters import base_of, is_adapter
+from dllm_ray.models.checkpoint import find
 from dllm_ray.models.config import ModelConfig
 from dllm_ray.models.spec import DiffusionSpec
 from dllm_ray.sampling.config import SamplerConfig
@@ -208,18 +209,23 @@ def answer_key(
     for prompt in prompts:
         ids = array("q", prompt).tobytes()
         digest.update(len(ids).to_bytes(8, "little") + ids)
-    key = {f"model.{name}": getattr(model, name) for name in ("path", "adapter", "dtype", "quantization")}
-    for name in ("path", "adapter"):
-        folder = getattr(model, name)
-        if folder is not None:
-            key[f"files of model.{name}"] = _files_digest(folder)
     return {
-        **key,
+        **model_key(model),
         **{f"sampler.{name}": value for name, value in to_dict(config).items()},
         "batch_size": slice_rows,
         "infill": infill,
         "prompts": f"{len(prompts)} of digest {digest.hexdigest()[:16]}",
     }
+
+
+def model_key(model: ModelConfig) -> dict[str, Any]:
+    """What answers depend on of the model: where it and its adapter are, their files, and how they are loaded."""
+    key = {f"model.{name}": getattr(model, name) for name in ("path", "adapter", "dtype", "quantization")}
+    for name in ("path", "adapter"):
+        folder = getattr(model, name)
+        if folder is not None:
+            key[f"files of model.{name}"] = _files_digest(folder)
+    return key
 
 
 def base_seed(store: AnswerStore, config: SamplerConfig) -> int:
@@ -304,10 +310,13 @@ def _open(path: Path):
 
 
 def _files_digest(model: str) -> str:
-    """Names, sizes and times of the files of a local model; of a hub id only what it is called."""
+    """Names, sizes and times of the files of a local model; of a hub id its revision."""
     folders = [model, base_of(model)] if is_adapter(model) else [model]
     digest = hashlib.sha256(repr(folders).encode())
     for folder in folders:
+        if not Path(folder).is_dir():
+            config = find(folder, "config.json")  # in the hub's cache, in a folder called like the revision
+            digest.update(b"" if config is None else config.parent.name.encode())
         for file in sorted(Path(folder).rglob("*")):
             if file.is_file() and file.suffix != ".md":
                 facts = file.stat()

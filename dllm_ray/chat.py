@@ -71,7 +71,7 @@ def render(tokenizer, messages: Sequence[Message], add_generation_prompt: bool =
     Raises:
         DataError: the template raises; or, unless it is a prompt, rewrites earlier text when turns are added.
     """
-    safe = [_shield(tokenizer, message) for message in messages]
+    safe = [shield(tokenizer, message) for message in messages]
     whole = _apply(tokenizer, safe, add_generation_prompt)
     try:
         return _cut(tokenizer, safe, whole, add_generation_prompt)
@@ -201,12 +201,13 @@ def _encode(tokenizer, texts: Sequence[str], split_special_tokens: bool = False)
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def _shield(tokenizer, value: Any) -> Any:
-    """`value` (a text, or a structure that holds texts) with stand-ins for the control tokens in its texts."""
+def shield(tokenizer, value: Any) -> Any:
+    """`value` (a text, or a structure that holds texts) with stand-ins for the control tokens in its texts;
+    `encode_pieces` turns them back into text."""
     if isinstance(value, Mapping):
-        return {key: _shield(tokenizer, item) for key, item in value.items()}
+        return {key: shield(tokenizer, item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_shield(tokenizer, item) for item in value]
+        return [shield(tokenizer, item) for item in value]
     if not isinstance(value, str):
         return value
     controls, pattern = _controls(tokenizer)

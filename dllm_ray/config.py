@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -91,11 +92,16 @@ def read(cls: type[T], tree: Mapping[str, Any], where: str) -> T:
     """
     try:
         _check_keys(tree, cls, where)
-        return instantiate(cls, _build_parser(cls, "", "").parse_object(dict(tree)))
+        return instantiate(cls, _reader(cls).parse_object(dict(tree)))
     except ConfigError as error:
         raise error if str(error).startswith(where) else ConfigError(f"{where}: {error}") from None
     except Exception as error:  # as in `parse`
         raise ConfigError(f"{where}: {_readable(error, leaf_types(cls))}") from None
+
+
+@cache
+def _reader(cls: type):
+    return _build_parser(cls, "", "")
 
 
 def instantiate(cls: type[T], values: Any, prefix: str = "") -> T:

@@ -9,8 +9,9 @@ import logging
 import os
 import platform
 import subprocess
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -75,6 +76,34 @@ class Run:
     def file(self, path: str | Path, folder: str | None = None) -> None:
         """Stores a file as an artifact."""
         self._client.log_artifact(self.run_id, str(path), folder)
+
+    def child(self, name: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
+        """Records a finished run of its own below this one."""
+        experiment = self._client.get_run(self.run_id).info.experiment_id
+        tags = {"mlflow.parentRunId": self.run_id, "mlflow.runName": name, **tags}
+        below = Run(self._client, self._client.create_run(experiment, tags=tags).info.run_id, self.uri)
+        below.log(metrics)
+        self._client.set_terminated(below.run_id, "FINISHED")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A run as the tracking store holds it."""
+
+    run_id: str
+    name: str
+    status: str
+    """MLflow's word: RUNNING, FINISHED, FAILED, KILLED, ..."""
+    started: int
+    """Milliseconds since 1970."""
+    parent: str | None
+    """Id of the run that it belongs under."""
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+    """The latest values."""
+    artifact: Callable[[str], str | None]
+    """Reads a text artifact by its name; None: there is none, or it can't be had."""
 
 
 @contextmanager
@@ -147,6 +176,56 @@ def beside_training(tracking: TrackingConfig, provenance: Mapping[str, Any]) -> 
     return replace(tracking, uri=trained)
 
 
+def find_runs(tracking: TrackingConfig, job: str) -> list[Recorded]:
+    """The runs of a job in a tracking store, the newest first; nothing is created or changed.
+
+    Args:
+        tracking: the store and the experiment; `uri` is needed.
+        job: `evaluate`, ...
+
+    Raises:
+        OutputError: the store can't be reached, or has no such experiment.
+    """
+    uri = tracking.uri
+    if uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE)).is_file():
+        raise OutputError(f"tracking.uri {uri}: no such database")
+    with _patient(uri):
+        client = _client(uri)
+        found = client.get_experiment_by_name(tracking.experiment)
+        if found is None:
+            names = ", ".join(repr(item.name) for item in client.search_experiments()) or "none"
+            raise OutputError(f"{without_credentials(uri)} has no experiment {tracking.experiment!r}; it has {names}")
+        runs, page = [], None
+        while page != "":
+            query = f"tags.`dllm_ray.job` = '{job}'"
+            some = client.search_runs([found.experiment_id], query, max_results=1000, page_token=page)
+            runs, page = runs + list(some), some.token or ""
+    return [_recorded(client, run) for run in runs]
+
+
+def _recorded(client, run) -> Recorded:
+    def artifact(name: str) -> str | None:
+        from mlflow.exceptions import MlflowException
+
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                return Path(client.download_artifacts(run.info.run_id, name, folder)).read_text(encoding="utf-8")
+            except (MlflowException, OSError, UnicodeDecodeError):
+                return None
+
+    return Recorded(
+        run_id=run.info.run_id,
+        name=run.info.run_name,
+        status=run.info.status,
+        started=run.info.start_time,
+        parent=run.data.tags.get("mlflow.parentRunId"),
+        tags=run.data.tags,
+        params=run.data.params,
+        metrics=run.data.metrics,
+        artifact=artifact,
+    )
+
+
 def ui_command(uri: str) -> str:
     """The command that opens the MLflow UI over a tracking store, or the address of a server."""
     uri = without_credentials(uri)
@@ -154,26 +233,36 @@ def ui_command(uri: str) -> str:
 
 
 def _open(uri: str, experiment: str):
+    with _patient(uri), _one_at_a_time(uri):
+        client = _client(uri)
+        found = client.get_experiment_by_name(experiment)
+        if found is not None:
+            return client, found.experiment_id
+        artifacts = None
+        if uri.startswith(_SQLITE):  # beside the database, wherever the job was started
+            artifacts = (Path(uri.removeprefix(_SQLITE)).resolve().parent / "mlartifacts").as_uri()
+        return client, client.create_experiment(experiment, artifact_location=artifacts)
+
+
+def _client(uri: str):
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
 
     for name in ("mlflow", "alembic"):  # they narrate the creation of a database
         logging.getLogger(name).setLevel(logging.ERROR)
+    return MlflowClient(tracking_uri=uri)
 
-    # A server that can't be reached is known at once; by itself the client would go on trying for minutes.
+
+@contextmanager
+def _patient(uri: str) -> Iterator[None]:
+    """A server that can't be reached is known at once; by itself the client would go on trying for minutes."""
+    from mlflow.exceptions import MlflowException
+
     patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
     before = {name: os.environ.get(name) for name in patience}
     os.environ |= {name: value for name, value in patience.items() if before[name] is None}
     try:
-        with _one_at_a_time(uri):
-            client = MlflowClient(tracking_uri=uri)
-            found = client.get_experiment_by_name(experiment)
-            if found is not None:
-                return client, found.experiment_id
-            artifacts = None
-            if uri.startswith(_SQLITE):  # beside the database, wherever the job was started
-                artifacts = (Path(uri.removeprefix(_SQLITE)).resolve().parent / "mlartifacts").as_uri()
-            return client, client.create_experiment(experiment, artifact_location=artifacts)
+        yield
     except (MlflowException, OSError) as error:
         raise _unusable(uri, error) from error
     except DllmRayError:

@@ -1,8 +1,8 @@
-"""A pool of Ray actors that each hold the model, for everything that samples in bulk.
+"""A pool of Ray actors that each hold the model, for everything that asks a model in bulk.
 
-Work is cut into slices of prompts of similar length, longest first; idle workers take the next slice, a lost worker's
-slice is done again by another, and answers come back in the order of the prompts. Slices and seeds don't depend on the
-number of workers, so neither do the answers.
+`ModelPool.run` hands pieces of work to workers as they get idle, and a lost worker's piece to another. Sampling is the
+first use: prompts are cut into slices of similar length, longest first. Slices and seeds don't depend on the number of
+workers, so neither do the answers.
 """
 
 import os
@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
 from dllm_ray.answers import (
     Answer,
@@ -31,13 +31,15 @@ from dllm_ray.answers import (
 from dllm_ray.cluster import Shares
 from dllm_ray.errors import ConfigError, DllmRayError, ResourceError
 from dllm_ray.models.config import ModelConfig
+from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.models.load import open_model, open_tokenizer
 from dllm_ray.prompts import encode_rows, encode_texts, require_room
 from dllm_ray.sampling.config import SamplerConfig
 from dllm_ray.sampling.output import SampleOutput
 from dllm_ray.sampling.sampler import Sampler, row_seeds
 
-_MAX_LOSSES = 3  # lost workers in a row, without a finished slice between them, before the pool gives up
+_MAX_LOSSES = 3  # lost workers in a row, without a finished piece of work between them, before the pool gives up
+_LOST = (RayActorError, NodeDiedError, ObjectLostError, OutOfMemoryError)  # the worker, its node, or what it returned
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Slice:
     """What was written, in the order of `rows`."""
     ended: list[bool]
     """Whether an end-of-text token ended each answer; else it ran to its limit."""
+    seconds: float
+    """The worker's time."""
 
     def answers(self) -> dict[int, Answer]:
         """Row -> answer."""
@@ -68,18 +72,73 @@ class ModelPool:
 
     def __init__(self, model: ModelConfig, shares: Shares, threads: int | None = None):
         self.model = model
+        self.workers = shares.workers
+        """How many there are."""
         self._shares = shares
         self._threads = threads or max((os.cpu_count() or 1) // shares.workers, 1)
-        self._workers = [self._start() for _ in range(shares.workers)]
+        self._loading: dict[ray.ObjectRef, int] = {}  # call -> number of the worker that loads its model
+        self._actors: list[Any] = [None] * shares.workers
+        self._losses = 0
+        for number in range(shares.workers):
+            self._start(number)
 
     def wait(self) -> None:
         """Waits until every worker has loaded the model.
 
         Raises:
             ModelError: it can't be loaded.
+            ResourceError: workers keep dying.
         """
-        for call in [worker.ready.remote() for worker in self._workers]:
-            _result(call)
+        while self._loading:
+            (call,), _ = ray.wait(list(self._loading))
+            self._loaded(call)
+
+    def run(self, function: Callable[..., Any], work: Sequence[tuple]) -> Iterator[tuple[int, Any, float]]:
+        """Calls `function(lm, *arguments)` on workers for each piece of work, in the order given, as workers get idle.
+
+        A piece waits for a worker that has its model, never for one that is still to come.
+
+        Args:
+            function: one that workers can import, or a closure. It may be called again with the same arguments, where a
+                worker was lost.
+            work: the arguments of each call; the longest first keeps workers busy to the end.
+
+        Yields:
+            (index in `work`, what the call returned, seconds it took the worker), as calls finish.
+
+        Raises:
+            DllmRayError: what a worker met, e.g. a prompt that doesn't fit the context.
+            ResourceError: workers keep dying.
+        """
+        todo = list(reversed(range(len(work))))  # taken from the end
+        away = set(self._loading.values())
+        idle = [number for number in reversed(range(self.workers)) if number not in away]
+        under_way: dict[ray.ObjectRef, tuple[int, int]] = {}
+
+        def hand_out() -> None:
+            while idle and todo:
+                number, index = idle.pop(), todo.pop()
+                under_way[self._actors[number].call.remote(function, *work[index])] = (number, index)
+
+        while todo or under_way:
+            hand_out()
+            (call,), _ = ray.wait([*under_way, *self._loading])
+            if call in self._loading:
+                number = self._loading[call]
+                if self._loaded(call):
+                    idle.append(number)
+                continue
+            number, index = under_way.pop(call)
+            try:
+                result, seconds = _result(call)
+            except _LOST as error:
+                todo.append(index)
+                self._lost(number, error)
+                continue
+            self._losses = 0
+            idle.append(number)
+            hand_out()  # before the caller takes its time with the result
+            yield index, result, seconds
 
     def slices(
         self,
@@ -107,36 +166,16 @@ class ModelPool:
         """
         if slice_rows < 1:
             raise ConfigError(f"must be at least 1, got {slice_rows}", "slice_rows")
-        self.wait()
         seeds = row_seeds(config.seed, range(len(prompts)))
         longest_first = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
         cut = [longest_first[start : start + slice_rows] for start in range(0, len(prompts), slice_rows)]
         todo = [rows for rows in cut if not all(row in done for row in rows)]
-        todo.reverse()  # taken from the end
-        idle = list(range(len(self._workers)))
-        under_way: dict[ray.ObjectRef, tuple[int, list[int]]] = {}
-        losses = 0
-        while todo or under_way:
-            while idle and todo:
-                worker, rows = idle.pop(), todo.pop()
-                call = self._workers[worker].sample.remote(
-                    [list(prompts[row]) for row in rows], config, [seeds[row] for row in rows], infill, sequences
-                )
-                under_way[call] = (worker, rows)
-            (call,), _ = ray.wait(list(under_way))
-            worker, rows = under_way.pop(call)
-            idle.append(worker)
-            try:
-                output, ended = _result(call)
-            except RayActorError as error:
-                losses += 1
-                if losses > _MAX_LOSSES:
-                    raise ResourceError(f"workers keep dying, the last one so: {error}") from error
-                self._workers[worker] = self._start()
-                todo.append(rows)
-                continue
-            losses = 0
-            yield Slice(rows, output, ended)
+        work = [
+            ([list(prompts[row]) for row in rows], config, [seeds[row] for row in rows], infill, sequences)
+            for rows in todo
+        ]
+        for index, (output, ended), seconds in self.run(_sample, work):
+            yield Slice(todo[index], output, ended, seconds)
 
     def sample(
         self,
@@ -209,13 +248,14 @@ class ModelPool:
         Raises:
             DllmRayError: what the worker met.
         """
-        call = self._workers[0].trace.remote([list(prompt) for prompt in prompts], config, list(seeds), infill)
-        return _result(call)
+        work = [([list(prompt) for prompt in prompts], config, list(seeds), infill)]
+        ((_, traced, _),) = self.run(_trace, work)
+        return traced
 
     def close(self) -> None:
         """Ends the workers."""
-        for worker in self._workers:
-            ray.kill(worker)
+        for actor in self._actors:
+            ray.kill(actor)
 
     def __enter__(self) -> "ModelPool":
         return self
@@ -223,9 +263,33 @@ class ModelPool:
     def __exit__(self, *_error) -> None:
         self.close()
 
-    def _start(self):
-        options = {"num_cpus": self._shares.cpus, "num_gpus": self._shares.gpus}
-        return ray.remote(_Worker).options(**options).remote(self.model, self._threads)
+    def _start(self, number: int) -> None:
+        options = {"num_cpus": self._shares.cpus, "num_gpus": self._shares.gpus, "scheduling_strategy": "SPREAD"}
+        actor = ray.remote(_Worker).options(**options).remote(self.model, self._threads)
+        self._actors[number] = actor
+        self._loading[actor.load.remote()] = number
+
+    def _loaded(self, call: ray.ObjectRef) -> bool:
+        """Takes note that a worker has loaded its model; one that was lost on the way is replaced."""
+        number = self._loading.pop(call)
+        try:
+            _result(call)
+        except _LOST as error:
+            self._lost(number, error)
+            return False
+        return True
+
+    def _lost(self, number: int, error: Exception) -> None:
+        """Puts a new worker in the place of a lost one.
+
+        Raises:
+            ResourceError: too many were lost, with nothing finished between them.
+        """
+        self._losses += 1
+        if self._losses > _MAX_LOSSES:
+            raise ResourceError(f"workers keep dying, the last one so: {error}") from error
+        ray.kill(self._actors[number])  # it may only be out of reach, and would keep what it reserves
+        self._start(number)
 
 
 def _result(call: ray.ObjectRef):
@@ -246,31 +310,41 @@ class _Worker:
         self._threads = threads
         self._lm = None
 
-    def ready(self) -> None:
+    def load(self) -> None:
         # Loading happens here and not in the constructor, so that a user error arrives as itself.
-        if self._lm is not None:
-            return
         device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
         if device == "cpu":
             torch.set_num_threads(self._threads)
         self._lm = open_model(self._model, device=device)
 
-    def sample(
-        self, prompts: list[list[int]], config: SamplerConfig, seeds: list[int], infill: bool, sequences: bool
-    ) -> tuple[SampleOutput, list[bool]]:
-        self.ready()
-        sampler = Sampler(self._lm, config)
-        output = (sampler.infill if infill else sampler.sample)(prompts, seeds=seeds)
-        ended = ended_by_stop(prompts, output, self._lm.spec.stop_token_ids)
-        return output if sequences else replace(output, sequences=[]), ended
+    def call(self, function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+        if self._lm is None:  # loading failed before, and what was wrong may have been mended
+            self.load()
+        began = time.perf_counter()
+        result = function(self._lm, *arguments)
+        return result, time.perf_counter() - began
 
-    def trace(
-        self, prompts: list[list[int]], config: SamplerConfig, seeds: list[int], infill: bool
-    ) -> tuple[list[list[int]], SampleOutput]:
-        self.ready()
-        sampler = Sampler(self._lm, config)
-        output = (sampler.infill if infill else sampler.sample)(prompts, trace=True, seeds=seeds)
-        return sampler.canvases(prompts, infill), replace(output, history=None)
+
+def _sample(
+    lm: DiffusionLM,
+    prompts: list[list[int]],
+    config: SamplerConfig,
+    seeds: list[int],
+    infill: bool,
+    sequences: bool,
+) -> tuple[SampleOutput, list[bool]]:
+    sampler = Sampler(lm, config)
+    output = (sampler.infill if infill else sampler.sample)(prompts, seeds=seeds)
+    ended = ended_by_stop(prompts, output, lm.spec.stop_token_ids)
+    return output if sequences else replace(output, sequences=[]), ended
+
+
+def _trace(
+    lm: DiffusionLM, prompts: list[list[int]], config: SamplerConfig, seeds: list[int], infill: bool
+) -> tuple[list[list[int]], SampleOutput]:
+    sampler = Sampler(lm, config)
+    output = (sampler.infill if infill else sampler.sample)(prompts, trace=True, seeds=seeds)
+    return sampler.canvases(prompts, infill), replace(output, history=None)
 
 
 def sample_dataset(

@@ -4,6 +4,7 @@
     python jobs/benchmark.py train --config my_sizes.yaml --data.path train.jsonl --json figures.json
     python jobs/benchmark.py sample
     python jobs/benchmark.py sample --model.path MODEL_DIR --batch_sizes '[1, 8, 32]' --json figures.json --mlflow true
+    python jobs/benchmark.py likelihood --lengths '[[96, 32]]' --likelihood.mc_num 32 --threads 1
 
 train: tokens per second (without padding) and peak memory of the training loop under Ray Train with one worker, of the
 same loop without Ray, and of a bare PyTorch loop that pads rows to the longest of their batch and computes the logits
@@ -13,22 +14,30 @@ configs/benchmark/train.yaml.
 sample: for each decoding algorithm and batch size, tokens per second, tokens per forward, and the time of a call of the
 sampler over the time of the forwards that it needed, run again by themselves. Sizes default to
 configs/benchmark/sample.yaml, with random weights.
+
+likelihood: for each length of prefix and target, log-likelihoods estimated per second; the time of one call for all
+requests over the time of its forwards, run again by themselves; and beside it the time of a call for each request, and
+of forwards that compute every position's logits for one request at a time. Sizes default to
+configs/benchmark/likelihood.yaml, with random weights.
 """
 
 import json
 import os
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+# a checkout need not be installed; and beside this file `evaluate` would hide Hugging Face's package of that name
+sys.path[0 : __name__ == "__main__"] = [str(Path(__file__).resolve().parents[1])]
 
 from dllm_ray.cli import run_job
 from dllm_ray.config import check_seed, to_dict
 from dllm_ray.data.config import DataConfig
 from dllm_ray.errors import ConfigError
+from dllm_ray.evaluation.config import LikelihoodConfig
 from dllm_ray.models.config import LoRAConfig, ModelConfig
 from dllm_ray.objectives.config import ObjectiveConfig
 from dllm_ray.output import complete_file, writable_folder
@@ -255,11 +264,7 @@ def benchmark_sample(job: SampleBenchmark) -> None:
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     lm = _model_to_sample(job)
-    source = torch.Generator().manual_seed(job.seed)
-    special = {lm.spec.mask_token_id, lm.spec.pad_token_id, *lm.spec.stop_token_ids}
-    words = torch.tensor(
-        [token for token in range(lm.model.get_input_embeddings().num_embeddings) if token not in special]
-    )
+    texts = _random_texts(lm, job.seed)
     rows = []
     for algorithm in ALGORITHMS if job.algorithms is None else job.algorithms:
         config = job.sampler(algorithm)
@@ -269,7 +274,7 @@ def benchmark_sample(job: SampleBenchmark) -> None:
             print(f"{algorithm}: left out: {error}", file=sys.stderr)
             continue
         for size in job.batch_sizes:
-            prompts = words[torch.randint(len(words), (size, job.prompt_tokens), generator=source)].tolist()
+            prompts = texts(size, job.prompt_tokens)
             speed = measure(lm, config, prompts, job.rounds)
             rows.append({"algorithm": algorithm, "batch": size, **asdict(speed)})
             print(f"{algorithm}, batch {size}: {speed.ratio:.3f} times its forwards", file=sys.stderr)
@@ -282,7 +287,19 @@ def benchmark_sample(job: SampleBenchmark) -> None:
         _log(job, output_dir, rows)
 
 
-def _model_to_sample(job: SampleBenchmark):
+def _random_texts(lm, seed: int) -> Callable[[int, int], list[list[int]]]:
+    """Makes rows of random tokens, so many of such a length; none is special."""
+    import torch
+
+    source = torch.Generator().manual_seed(seed)
+    special = {lm.spec.mask_token_id, lm.spec.pad_token_id, *lm.spec.stop_token_ids}
+    words = torch.tensor(
+        [token for token in range(lm.model.get_input_embeddings().num_embeddings) if token not in special]
+    )
+    return lambda rows, length: words[torch.randint(len(words), (rows, length), generator=source)].tolist()
+
+
+def _model_to_sample(job: "SampleBenchmark | LikelihoodBenchmark"):
     from dllm_ray.models import load, tokenizers
     from dllm_ray.training.speed import device
 
@@ -294,6 +311,61 @@ def _model_to_sample(job: SampleBenchmark):
     scratch = replace(scratch, extra=scratch.extra | {"vocab_size": scratch.vocab_size})
     tokenizer = tokenizers.train_bpe([], scratch.vocab_size)
     return load.open_model(replace(job.model, scratch=scratch), tokenizer, job.seed, device())
+
+
+@dataclass
+class LikelihoodBenchmark:
+    """Settings of jobs/benchmark.py likelihood."""
+
+    lengths: list[tuple[int, int]] = field(default_factory=lambda: [(96, 1), (96, 8), (96, 32), (256, 128)])
+    """Tokens of prefix and target, which are random."""
+    requests: int = 4
+    """Targets of each length."""
+    rounds: int = 2
+    """How often the ways take turns; the fastest counts."""
+    threads: int | None = None
+    """torch threads on a CPU; null: as many as torch takes (OMP_NUM_THREADS, or all cores)."""
+    json: str | None = None
+    """File to write the figures to."""
+    seed: int = 0
+    """Seeds weights, texts and masks."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model; random weights of the sizes of `model.scratch` when `model.path` is null."""
+    likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
+    """How likelihoods are estimated."""
+
+    def __post_init__(self):
+        check_seed(self.seed)
+        for name in ("requests", "rounds", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"must be at least 1, got {value}", name)
+        if not self.lengths or any(prefix < 1 or target < 1 for prefix, target in self.lengths):
+            raise ConfigError(f"expected pairs of numbers of at least 1, got {self.lengths}", "lengths")
+        check_file(self.json, "json")
+
+
+def benchmark_likelihood(job: LikelihoodBenchmark) -> None:
+    import torch
+
+    from dllm_ray.evaluation.speed import measure
+    from dllm_ray.viz.terminal import table
+
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    lm = _model_to_sample(job)
+    texts = _random_texts(lm, job.seed)
+    rows = []
+    for prefix, target in job.lengths:
+        pairs = list(zip(texts(job.requests, prefix), texts(job.requests, target), strict=True))
+        speed = measure(lm, job.likelihood, pairs, job.rounds)
+        rows.append({"prefix": prefix, "target": target, **asdict(speed)})
+        print(f"{prefix}+{target}: {speed.ratio:.3f} times its forwards", file=sys.stderr)
+    where = _where(torch.get_num_threads())
+    table(f"likelihoods with {job.likelihood.mc_num} copies on {where}, {job.model.dtype}", rows)
+    if job.json:
+        with complete_file(Path(job.json)) as file:
+            json.dump({"where": where, "settings": to_dict(job), "rows": rows}, file, indent=2)
 
 
 def _log(job: SampleBenchmark, output_dir: Path, rows: list[dict[str, Any]]) -> None:
@@ -309,11 +381,15 @@ def _log(job: SampleBenchmark, output_dir: Path, rows: list[dict[str, Any]]) -> 
 
 if __name__ == "__main__":
     kind, *arguments = sys.argv[1:] or ["--help"]
-    kinds = {"train": (TrainBenchmark, benchmark_train), "sample": (SampleBenchmark, benchmark_sample)}
+    kinds = {
+        "train": (TrainBenchmark, benchmark_train),
+        "sample": (SampleBenchmark, benchmark_sample),
+        "likelihood": (LikelihoodBenchmark, benchmark_likelihood),
+    }
     if kind in ("-h", "--help"):
         kind, arguments = "train", ["--help"]
     if kind not in kinds:
-        print(f"error: benchmark {kind!r} is unknown; expected {' or '.join(kinds)}", file=sys.stderr)
+        print(f"error: benchmark {kind!r} is unknown; expected one of {', '.join(kinds)}", file=sys.stderr)
         sys.exit(2)
     if not any(word.startswith(("--config", "-h", "--help")) for word in arguments):
         arguments = ["--config", str(DEFAULTS / f"{kind}.yaml"), *arguments]

@@ -20,7 +20,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+# a checkout need not be installed; and beside this file `evaluate` would hide Hugging Face's package of that name
+sys.path[0 : __name__ == "__main__"] = [str(Path(__file__).resolve().parents[1])]
 
 from dllm_ray.cli import run_job
 from dllm_ray.config import section, to_dict

@@ -12,15 +12,17 @@ from dllm_ray.cli import run_job
 from dllm_ray.config import leaf_types, parse
 
 ROOT = Path(__file__).resolve().parents[1]
-SFT, PRETRAIN, SAMPLE, CHAT, EVALUATE, CONVERT, BENCHMARK, SAMPLE_BENCHMARK = jobs = (
+SFT, PRETRAIN, SAMPLE, CHAT, EVALUATE, COMPARE, CONVERT, BENCHMARK, SAMPLE_BENCHMARK, LIKELIHOOD_BENCHMARK = jobs = (
     ("sft", "SFTJob"),
     ("pretrain", "PretrainJob"),
     ("sample", "SampleJob"),
     ("chat", "ChatJob"),
     ("evaluate", "EvaluateJob"),
+    ("compare", "CompareJob"),
     ("convert", "ConvertJob"),
     ("benchmark", "TrainBenchmark"),
     ("benchmark", "SampleBenchmark"),
+    ("benchmark", "LikelihoodBenchmark"),
 )
 SMALLEST = {
     SFT: ["--data.path", "chats.jsonl"],
@@ -28,12 +30,14 @@ SMALLEST = {
     SAMPLE: ["--model.path", "m", "--prompt", "hi"],
     CHAT: ["--model.path", "m"],
     EVALUATE: ["--model.path", "m"],
+    COMPARE: ["--tracking.uri", "sqlite:///x.db"],
     CONVERT: ["--model.path", "m", "--output_dir", "out"],
     BENCHMARK: [],
     SAMPLE_BENCHMARK: [],
+    LIKELIHOOD_BENCHMARK: [],
 }
 """The options without which a job can't know what to do."""
-OF_FILE = {"benchmark/sample.yaml": SAMPLE_BENCHMARK}
+OF_FILE = {"benchmark/sample.yaml": SAMPLE_BENCHMARK, "benchmark/likelihood.yaml": LIKELIHOOD_BENCHMARK}
 """The jobs of settings files that aren't the first job of their folder's name."""
 NEEDS = {name: ["--data.path", "x"] for name in ("gsm8k_tiny.yaml", "gsm8k.yaml", "tiny.yaml")}
 """The options that a settings file leaves to the user."""
@@ -168,4 +172,7 @@ def test_a_job_started_with_bad_input_shows_one_line_and_no_traceback():
 
 def test_a_benchmark_of_unknown_kind_is_refused():
     done = python("jobs/benchmark.py", "fly")
-    assert (done.returncode, done.stderr) == (2, "error: benchmark 'fly' is unknown; expected train or sample\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: benchmark 'fly' is unknown; expected one of train, sample, likelihood\n",
+    )

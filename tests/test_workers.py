@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 import ray
 
+from dllm_ray import workers
 from dllm_ray.answers import Answer, AnswerStore, answer_key, ended_by_stop
 from dllm_ray.cluster import Shares
-from dllm_ray.errors import ConfigError, DataError, ModelError, OutputError
+from dllm_ray.errors import ConfigError, DataError, ModelError, OutputError, ResourceError
 from dllm_ray.models.config import ModelConfig
 from dllm_ray.models.load import open_tokenizer
 from dllm_ray.prompts import encode_rows, encode_texts
@@ -69,12 +70,23 @@ def test_a_lost_worker_is_replaced_and_its_slice_done_again(model, make_lm):
 
         def kill_one(_done: int) -> None:
             if not killed:  # after the first slice, while others are under way
-                worker = answers._workers[0]
+                worker = answers._actors[0]
                 killed.append(worker)
                 os.kill(ray.get(worker.__ray_call__.remote(lambda _self: os.getpid())), signal.SIGKILL)
 
         assert answers.sample(PROMPTS, CONFIG, 2, kill_one).sequences == expected
-        assert killed and killed[0] is not answers._workers[0]
+        assert killed and killed[0] is not answers._actors[0]
+
+
+def test_a_worker_lost_while_it_loads_is_replaced_and_work_that_kills_all_of_them_given_up(model, monkeypatch):
+    with pool(model, workers=1) as answers:
+        ray.kill(answers._actors[0])
+        found = list(answers.run(lambda lm, number: (number, lm.spec.family), [(1,), (2,)]))
+        assert [(index, result) for index, result, _ in found] == [(0, (1, "bert")), (1, (2, "bert"))]
+        assert answers._losses == 0
+        monkeypatch.setattr(workers, "_MAX_LOSSES", 1)
+        with pytest.raises(ResourceError, match=r"^workers keep dying"):
+            list(answers.run(lambda _lm: os._exit(1), [()]))
 
 
 def test_a_workers_complaint_arrives_as_itself(model, two, tmp_path):

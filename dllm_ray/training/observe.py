@@ -6,7 +6,7 @@ At most one look is under way. A checkpoint that is due meanwhile waits, and giv
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from dllm_ray import chat
 from dllm_ray.cluster import Shares
 from dllm_ray.data.tokenize import TokenRows
 from dllm_ray.errors import ConfigError, DllmRayError
-from dllm_ray.evaluation.config import EvaluateConfig
+from dllm_ray.evaluation.config import EvaluateConfig, LikelihoodConfig
 from dllm_ray.models.config import ModelConfig
 from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.models.load import open_model
@@ -158,27 +158,15 @@ def sample_texts(lm: DiffusionLM, rows: TokenRows, count: int, config: SamplerCo
 
 
 def _scores(lm: DiffusionLM, config: EvaluateConfig, sampler: SamplerConfig, seed: int) -> dict[str, float]:
+    from dllm_ray.evaluation.answering import LocalAnswers
     from dllm_ray.evaluation.lm import DiffusionHarness
     from dllm_ray.evaluation.run import evaluate, metrics
 
-    def answer(prompts: Sequence[Sequence[int]]) -> "_Answers":
-        completions: dict[int, list[int]] = {}
-        longest_first = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-        for start in range(0, len(prompts), config.batch_size):
-            rows = longest_first[start : start + config.batch_size]
-            output = Sampler(lm, sampler).sample([list(prompts[row]) for row in rows])
-            completions |= zip(rows, output.completions, strict=True)
-        return _Answers([completions[row] for row in range(len(prompts))])
-
-    room = None if lm.max_length is None else lm.max_length - (sampler.max_new_tokens or 1)
-    harness = DiffusionHarness(answer, lm.tokenizer, room, lm.architecture, lm.spec.eot_text)
+    answers = LocalAnswers(lm, sampler, LikelihoodConfig(), config.batch_size)
+    new = sampler.max_new_tokens
+    harness = DiffusionHarness(answers, lm.tokenizer, lm.spec, lm.max_length, new, lm.architecture, seed)
     found: Mapping[str, Mapping[str, Any]] = metrics(evaluate(harness, config, seed))
     return {f"eval/{task}/{name}": value for task, values in found.items() for name, value in values.items()}
-
-
-@dataclass(frozen=True)
-class _Answers:
-    completions: list[list[int]]
 
 
 def free_gpu(shares: Shares) -> float:

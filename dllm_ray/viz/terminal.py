@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -277,4 +278,4 @@ def _shade(colours: Sequence[tuple[int, int, int]], fraction: float) -> str:
 
 
 def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else escape(str(value))

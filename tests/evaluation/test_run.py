@@ -1,52 +1,45 @@
-"""Tasks through the real lm-eval, answered by a function that knows or doesn't know the answers."""
+"""Tasks through the real lm-eval: found by name, pointed at files, asked as the settings say."""
 
 import json
-from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+from evaluation_testing import FixedAnswers
 
+from dllm_ray.config import load_yaml
 from dllm_ray.data import builtin
 from dllm_ray.errors import DataError, EvaluationError
+from dllm_ray.evaluation import run
 from dllm_ray.evaluation.config import EvaluateConfig
-from dllm_ray.evaluation.lm import DiffusionHarness
-from dllm_ray.evaluation.run import check_tasks, evaluate, metrics
+from dllm_ray.evaluation.run import check_data, check_tasks, evaluate, metrics, requests, standard_errors
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
-@dataclass
-class Answers:
-    completions: list[list[int]]
-
-
-def ask(tokenizer, solve, config):
-    """Runs tasks against `solve(prompt) -> text`."""
-
-    def answer(prompts):
-        questions = [tokenizer.decode(prompt) for prompt in prompts]
-        texts = [solve(question) for question in questions]
-        return Answers([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts])
-
-    results = evaluate(DiffusionHarness(answer, tokenizer, None, "test"), config, seed=0)
+def ask(solve, config):
+    """Scores where `solve(question) -> text` answers."""
+    results = evaluate(FixedAnswers(lambda prompt: solve(prompt.removeprefix("<user>"))), config, seed=0)
     assert set(results["results"]) == set(results["n-samples"]) == set(config.tasks)
     return metrics(results)
 
 
 def solve_digits(question: str) -> str:
-    task, number = question.removeprefix("<|user|>").partition("<|endoftext|>")[0].split()
+    task, number = question.split()
     if task == "shuffle":
         return number[1:] + number[:1] if len(set(number)) > 1 else number
     return builtin._answer(task, number, None)
 
 
-def test_digits_gives_full_marks_to_right_answers(tokenizer):
-    scores = ask(tokenizer, solve_digits, EvaluateConfig(tasks=("digits",), limit=50))["digits"]
+def test_digits_gives_full_marks_to_right_answers():
+    scores = ask(solve_digits, EvaluateConfig(tasks=("digits",), limit=50))["digits"]
     assert scores == dict.fromkeys(["exact_match", *builtin.TASKS], 1.0)
 
 
-def test_digits_counts_each_kind_of_task_by_itself(tokenizer):
+def test_digits_counts_each_kind_of_task_by_itself():
     def only_reverse(question):
         return solve_digits(question) if "reverse" in question else "no"
 
-    scores = ask(tokenizer, only_reverse, EvaluateConfig(tasks=("digits",), limit=50))["digits"]
+    scores = ask(only_reverse, EvaluateConfig(tasks=("digits",), limit=50))["digits"]
     assert scores["exact_match"] == pytest.approx(0.2)
     assert (scores["reverse"], scores["sort"]) == (1.0, 0.0)
 
@@ -71,42 +64,70 @@ def maths(tmp_path):
         (["#### 3", "no idea"], 0.0, 0.0),
     ],
 )
-def test_gsm8k_reads_the_final_number(tokenizer, maths, answers, strict, flexible):
-    def solve(question):
-        return answers["thousand" in question]
-
-    scores = ask(tokenizer, solve, maths)["gsm8k_file"]
+def test_gsm8k_reads_the_final_number(maths, answers, strict, flexible):
+    scores = ask(lambda question: answers["thousand" in question], maths)["gsm8k_file"]
     assert scores == {"exact_match.strict": strict, "exact_match.flexible": flexible}
 
 
-def test_gsm8k_over_the_real_file_accepts_its_own_answers(tokenizer, real_data):
+def test_standard_errors_go_by_the_names_of_the_metrics(maths):
+    results = evaluate(FixedAnswers(lambda prompt: "#### 2"), maths, seed=0)
+    assert metrics(results)["gsm8k_file"] == {"exact_match.strict": 0.5, "exact_match.flexible": 0.5}
+    assert standard_errors(results)["gsm8k_file"] == {"exact_match.strict": 0.5, "exact_match.flexible": 0.5}
+
+
+def test_gsm8k_over_the_real_file_accepts_its_own_answers(real_data):
     path = real_data / "gsm8k" / "test.jsonl"
     known = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         known[row["question"]] = row["answer"]
-
-    def solve(question):
-        return known[question.removeprefix("<|user|>").partition("<|endoftext|>")[0]]
-
     config = EvaluateConfig(tasks=("gsm8k_file",), data_files={"gsm8k_file": str(path)}, limit=40)
-    scores = ask(tokenizer, solve, config)["gsm8k_file"]
+    scores = ask(known.__getitem__, config)["gsm8k_file"]
     assert scores == {"exact_match.strict": 1.0, "exact_match.flexible": 1.0}
 
 
-def test_few_shot_examples_come_as_earlier_turns(tokenizer, maths):
-    seen = []
-
-    def solve(question):
-        seen.append(question)
-        return "#### 2"
-
+@pytest.mark.parametrize(
+    ("settings", "prompt"),
+    [
+        ({}, "<system>Be brief.<user>a thousand and one?<assistant>...\n#### 1,001<user>one and one?"),
+        (
+            {"fewshot_as_multiturn": False},
+            "<system>Be brief.<user>a thousand and one? ...\n#### 1,001\n\none and one?",
+        ),
+        ({"chat_template": False}, "Be brief.a thousand and one? ...\n#### 1,001\n\none and one?"),
+    ],
+)
+def test_examples_and_instruction_come_as_the_settings_say(maths, settings, prompt):
     maths.num_fewshot = 1
-    ask(tokenizer, solve, maths)
-    assert all(question.count("####") == 1 for question in seen)
+    maths.system_instruction = "Be brief."
+    for name, value in settings.items():
+        setattr(maths, name, value)
+    model = FixedAnswers()
+    evaluate(model, maths, seed=0)
+    assert model.prompts[0] == prompt
 
 
-def test_a_folder_of_ones_own_tasks(tokenizer, tmp_path, maths):
+def test_what_would_be_asked_is_known_without_asking(maths):
+    maths.num_fewshot = 1
+    model = FixedAnswers()
+    (planned,) = requests(model, maths, seed=0, count=len)
+    assert (planned.task, planned.documents, planned.counts) == ("gsm8k_file", 2, {"generate_until": 2})
+    assert not model.prompts
+    evaluate(model, maths, seed=0)
+    assert planned.lengths == [len(prompt) for prompt in model.prompts]
+
+
+def test_what_would_be_asked_of_a_group_is_given_by_its_tasks(tmp_path):
+    for name in ("one", "two"):
+        examples = [{"input": "Is it?\nOptions:\n- Yes\n- No", "target": "Yes"}]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"examples": examples * 3}))
+    config = EvaluateConfig(tasks=("bbh_choice_file",), data_files={"bbh_choice_file": str(tmp_path / "*.json")})
+    planned = requests(FixedAnswers(), config, seed=0, count=len)
+    assert [part.task for part in planned] == ["bbh_choice_file_one", "bbh_choice_file_two"]
+    assert all((part.documents, part.counts) == (3, {"loglikelihood": 6}) for part in planned)
+
+
+def test_a_folder_of_ones_own_tasks(tmp_path, maths):
     task = {
         "task": "mine",
         "dataset_path": "json",
@@ -121,7 +142,7 @@ def test_a_folder_of_ones_own_tasks(tokenizer, tmp_path, maths):
     (tmp_path / "mine.yaml").write_text(json.dumps(task))
     config = EvaluateConfig(tasks=("mine",), include_path=str(tmp_path))
     check_tasks(config)
-    assert ask(tokenizer, lambda question: "2", config) == {"mine": {"exact_match": 1.0}}
+    assert ask(lambda question: "2", config) == {"mine": {"exact_match": 1.0}}
 
 
 @pytest.mark.parametrize(
@@ -129,13 +150,21 @@ def test_a_folder_of_ones_own_tasks(tokenizer, tmp_path, maths):
     [
         ({"tasks": ("gsm8k_file",)}, "gsm8k_file: no such data file: gsm8k_test.jsonl"),
         ({"tasks": ("gsm8k_file",), "data_files": {"gsm8k_file": "gone.jsonl"}}, "no such data file: gone.jsonl"),
+        ({"tasks": ("bbh_file",)}, r"Name one with --evaluate\.data_files\.bbh_file FILE"),
         ({"tasks": ("digits",), "data_files": {"gsm8k_file": "x"}}, "not among evaluate.tasks"),
         ({"include_path": "gone"}, "include_path gone: no such folder"),
+        ({"tasks": ("digits", "digits")}, "evaluate.tasks asks digits twice"),
     ],
 )
 def test_what_is_missing_is_named_before_anything_is_loaded(settings, message):
     with pytest.raises(EvaluationError, match=message):
         check_tasks(EvaluateConfig(**settings))
+
+
+def test_broken_yaml_of_ones_own_is_named(tmp_path):
+    (tmp_path / "mine.yaml").write_text("task: [")
+    with pytest.raises(EvaluationError, match=r"mine\.yaml: broken YAML"):
+        check_tasks(EvaluateConfig(include_path=str(tmp_path)))
 
 
 def test_a_file_without_the_tasks_columns_is_refused(tmp_path):
@@ -153,13 +182,66 @@ def test_a_broken_file_is_named_with_its_line(tmp_path):
         check_tasks(EvaluateConfig(tasks=("gsm8k_file",), data_files={"gsm8k_file": str(path)}))
 
 
-@pytest.mark.slow  # indexes all of lm-eval's tasks
-def test_an_unknown_task_names_near_ones(tokenizer):
+def test_a_file_of_another_kind_is_named(tmp_path):
+    path = tmp_path / "rows.xlsx"
+    path.write_text("x")
+    with pytest.raises(EvaluationError, match=r"rows\.xlsx: unknown file type; expected \.jsonl"):
+        check_tasks(EvaluateConfig(tasks=("gsm8k_file",), data_files={"gsm8k_file": str(path)}))
+
+
+@pytest.mark.slow  # indexes all of lm-eval's tasks, here and below: once for all
+def test_an_unknown_task_names_near_ones():
     with pytest.raises(EvaluationError, match=r"no task 'gsm8kk'; the nearest names: .*gsm8k"):
-        ask(tokenizer, str, EvaluateConfig(tasks=("gsm8kk",)))
+        check_tasks(EvaluateConfig(tasks=("gsm8kk",)))
 
 
 @pytest.mark.slow
-def test_a_task_whose_data_can_not_be_had_says_what_to_do(tokenizer):
-    with pytest.raises(EvaluationError, match="data_files"):
-        ask(tokenizer, str, EvaluateConfig(tasks=("gsm8k",)))
+def test_a_task_whose_data_can_not_be_had_says_which_files_to_give():
+    ways = r"data_files\.gsm8k FILE, or ask gsm8k_file over local files.*HF_HUB_CACHE"
+    with pytest.raises(EvaluationError, match=rf"data of gsm8k \(openai/gsm8k\) can't be had: .*{ways}"):
+        check_data(EvaluateConfig(tasks=("gsm8k",)))
+
+
+@pytest.mark.slow
+def test_lm_evals_own_tasks_over_local_files_in_the_sandbox(real_data):
+    path = str(real_data / "humaneval" / "HumanEval.jsonl.gz")
+    config = EvaluateConfig(tasks=("humaneval",), data_files={"humaneval": path}, limit=2, chat_template=False)
+    with pytest.raises(EvaluationError, match="humaneval runs code"):
+        check_tasks(config)
+    config.confirm_run_unsafe_code = True
+    check_tasks(config)
+    solution = "    return [] if not paren_string else ['(()())', '((()))', '()', '((())()())']\n"
+    assert ask(lambda question: solution, config) == {"humaneval": {"pass@1": 0.0}}
+
+
+@pytest.mark.slow
+def test_lm_evals_own_examples_stay_over_local_files(maths):
+    config = EvaluateConfig(
+        tasks=("gsm8k_cot",), data_files={"gsm8k_cot": maths.data_files["gsm8k_file"]}, chat_template=False
+    )
+    model = FixedAnswers(lambda prompt: "The answer is 2.")
+    results = evaluate(model, config, seed=0)
+    assert metrics(results)["gsm8k_cot"]["exact_match.strict-match"] == 0.5
+    assert model.prompts[0].count("The answer is") == 8
+
+
+@pytest.mark.slow
+def test_code_that_would_run_outside_the_sandbox_is_refused():
+    config = EvaluateConfig(tasks=("cruxeval_o",), confirm_run_unsafe_code=True)
+    names = [name for name in run._manager(None, True).task_index if name.startswith("cruxeval")]
+    config.tasks = (names[0],)
+    with pytest.raises(EvaluationError, match="runs code in a way of its own, outside the sandbox"):
+        check_tasks(config)
+
+
+@pytest.mark.slow
+def test_every_task_of_the_tables_is_known_and_code_is_marked():
+    runs_code = ("humaneval", "mbpp")
+    for path in sorted((ROOT / "configs" / "evaluate").glob("*.yaml")):
+        for line in load_yaml(path)["evaluate"].get("suite", []):
+            config = EvaluateConfig(tasks=(line["task"],))
+            index = run._index(config)
+            names = list(index.below(line["task"]))
+            assert all(name in index for name in names), (path.stem, line["task"])
+            unsafe = any(index.trees.get(name, {}).get("unsafe_code") for name in names)
+            assert unsafe == line["task"].startswith(runs_code), (path.stem, line["task"])

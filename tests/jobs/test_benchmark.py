@@ -5,13 +5,12 @@ import subprocess
 import sys
 
 import pytest
-from jobs_testing import ROOT, environment
+from jobs_testing import complete
 from mlflow import MlflowClient
 
 
 def benchmark(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "jobs/benchmark.py", *words]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    return complete([sys.executable, "jobs/benchmark.py", *words])
 
 
 @pytest.mark.slow
@@ -36,7 +35,7 @@ def test_three_loops_are_measured_and_compared(tmp_path):
 def test_an_unknown_benchmark_is_refused():
     done = benchmark("trian")
     assert done.returncode == 2
-    assert done.stderr == "error: benchmark 'trian' is unknown; expected train or sample\n"
+    assert done.stderr == "error: benchmark 'trian' is unknown; expected one of train, sample, likelihood\n"
 
 
 @pytest.mark.slow
@@ -59,6 +58,19 @@ def test_decoding_algorithms_are_measured_beside_their_forwards(tmp_path):
     assert run.data.metrics["benchmark/dual/batch_2/nfe"] == 8
 
 
+@pytest.mark.slow
+def test_likelihoods_are_measured_beside_their_forwards(tmp_path):
+    path = tmp_path / "figures.json"
+    small = ["--requests", "3", "--lengths", "[[6, 2], [4, 9]]", "--likelihood.mc_num", "8", "--rounds", "1"]
+    small += ["--model.scratch.hidden_size", "32", "--model.scratch.num_hidden_layers", "1", "--threads", "1"]
+    done = benchmark("likelihood", *small, "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    short, long = json.loads(path.read_text())["rows"]
+    assert (short["copies"], long["copies"]) == (3, 8)
+    for row in (short, long):
+        assert min(row[name] for name in ("requests_per_s", "ratio", "one_by_one", "all_logits")) > 0
+
+
 def test_an_unknown_algorithm_is_refused():
     done = benchmark("sample", "--algorithms", "[mdlm, duel]")
     assert done.returncode == 2
@@ -71,6 +83,7 @@ def test_an_unknown_algorithm_is_refused():
         (("sample", "--json", "nowhere/figures.json"), "json: 'nowhere/figures.json' can't be written"),
         (("train", "--json", "."), "json: '.' can't be written"),
         (("sample", "--algorithms", "[]"), "algorithms: expected some of mdlm,"),
+        (("likelihood", "--lengths", "[[5, 0]]"), "lengths: expected pairs of numbers of at least 1"),
     ],
 )
 def test_what_would_be_found_wrong_after_measuring_is_refused_before(words, said):

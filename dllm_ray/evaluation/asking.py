@@ -1,0 +1,132 @@
+"""Asks a pool of workers what an `Ask` says: lm-eval's requests in, its results and our figures out."""
+
+from dataclasses import asdict
+from typing import Any
+
+from dllm_ray.answers import model_key
+from dllm_ray.chat import encode_text
+from dllm_ray.errors import ConfigError
+from dllm_ray.evaluation.answering import Figures, Pool, PooledAnswers
+from dllm_ray.evaluation.cache import AnswerCache
+from dllm_ray.evaluation.lm import DiffusionHarness
+from dllm_ray.evaluation.plan import Planned
+from dllm_ray.evaluation.run import evaluate, requests
+from dllm_ray.evaluation.suite import Ask
+from dllm_ray.models.config import ModelConfig
+from dllm_ray.models.load import open_tokenizer
+from dllm_ray.viz.terminal import Progress
+
+
+class Asker:
+    """Runs asks on one pool.
+
+    Args:
+        model: what the pool's workers hold.
+        seed: of the requests' own seeds, and of the choice of few-shot examples.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+
+    def __init__(self, model: ModelConfig, seed: int):
+        self.tokenizer, self.spec, blueprint = open_tokenizer(model.path)
+        self.context = blueprint.max_length
+        """Tokens in the model's context; None: unlimited."""
+        self._model, self._seed = model, seed
+
+    def check(self, ask: Ask) -> None:
+        """Makes sure that prompts have room beside answers.
+
+        Raises:
+            ConfigError: they have none.
+        """
+        new = ask.sampler.max_new_tokens or 1
+        if self.context is not None and new >= self.context:
+            where = f"{ask.name}: " if ask.name else ""
+            raise ConfigError(
+                f"{where}{new} leaves no room for a prompt in the model's context of {self.context}",
+                "sampler.max_new_tokens",
+            )
+
+    def plan(self, ask: Ask) -> list[Planned]:
+        """What the ask's tasks would ask of the model.
+
+        Raises:
+            EvaluationError: a task's data can't be had.
+        """
+        harness = self.harness(ask, None)
+        found = requests(harness, ask.evaluate, self._seed, lambda text: len(encode_text(self.tokenizer, text)))
+        return [Planned(ask.name, part.task, part.documents, part.counts, part.lengths) for part in found]
+
+    def harness(self, ask: Ask, answerer) -> DiffusionHarness:
+        """The model as lm-eval sees it."""
+        asked = ask.evaluate
+        return DiffusionHarness(
+            answerer,
+            self.tokenizer,
+            self.spec,
+            self.context,
+            ask.sampler.max_new_tokens,
+            self._model.path,
+            self._seed,
+            asked.until,
+            asked.escape_until,
+            asked.add_bos_token,
+        )
+
+    def ask(self, ask: Ask, pool: Pool, cache: str) -> tuple[dict[str, Any], dict[str, float]]:
+        """lm-eval's results, and figures of the sampler and the pool.
+
+        Args:
+            ask: what to ask.
+            pool: answers.
+            cache: folder or URI of finished answers.
+
+        Raises:
+            DllmRayError: a task can't be run, or a worker met an error.
+        """
+        progress = _Lines(f"evaluate {ask.name}".rstrip())
+        kept = AnswerCache(cache, model_key(self._model))
+        size = ask.evaluate.batch_size
+        answerer = PooledAnswers(pool, ask.sampler, ask.likelihood, size, kept, progress.update)
+        harness = self.harness(ask, answerer)
+        try:
+            results = evaluate(harness, ask.evaluate, self._seed)
+        finally:
+            progress.close()
+        if harness.truncated:
+            print(f"note      {harness.truncated} requests were longer than the context and lost their beginning")
+        return results, figures(answerer.figures, harness.truncated)
+
+
+def figures(found: Figures, truncated: int) -> dict[str, float]:
+    """Figures by the names they have in results and in MLflow."""
+    return {
+        **asdict(found),
+        "nfe": float(found.nfe),
+        "tpf": found.tpf,
+        "tokens_per_s": found.tokens_per_s,
+        "seconds": found.seconds,
+        "truncated_prompts": truncated,
+    }
+
+
+class _Lines:
+    """Progress, a line for each kind of request."""
+
+    def __init__(self, label: str):
+        self._label = label
+        self._line: Progress | None = None
+
+    def update(self, done: int, total: int) -> None:
+        if self._line is None or done == 0:
+            self.close()
+            self._line = Progress(self._label, total, "request")
+        self._line.update(done)
+        if done == total:
+            self.close()
+
+    def close(self) -> None:
+        if self._line is not None:
+            self._line.close()
+            self._line = None
