@@ -119,14 +119,14 @@ def _run(job: EvaluateJob, asker, asked: list[Ask]) -> None:
         for ask in asked:
             try:
                 results, figures = asker.ask(ask, pool, job.evaluate.cache or str(output_dir / "answers"))
+                folder = writable_folder(output_dir / ask.name) if ask.name else output_dir
+                files = report.write(folder, ask, results, figures, facts)
             except DllmRayError as error:
                 if len(asked) == 1:
                     raise
                 failed.append(ask.name or "main")
                 print(f"failed    {failed[-1]}: {error}")
                 continue
-            folder = writable_folder(output_dir / ask.name) if ask.name else output_dir
-            files = report.write(folder, ask, results, figures, facts)
             if ask.name:
                 settings = to_dict(replace(job, sampler=ask.sampler, likelihood=ask.likelihood))
                 label = replace(store, run_name=f"evaluate {ask.name}")

@@ -72,6 +72,7 @@ class Asker:
             asked.until,
             asked.escape_until,
             asked.add_bos_token,
+            ask.sampler.seed,
         )
 
     def ask(self, ask: Ask, pool: Pool, cache: str) -> tuple[dict[str, Any], dict[str, float]]:

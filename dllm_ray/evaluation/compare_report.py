@@ -16,9 +16,11 @@ _NOT_IN_A_METRIC = re.compile(r"[^\w\-. /]", re.ASCII)
 
 
 def display(row: Row) -> str:
-    """What a row's model is called: its published name where it has one, or else its path."""
+    """What a row's model is called: its published name where it has one, or else its path; with its adapter."""
     names = reference.names_of(row.model)
-    return names[0] if row.ours and len(names) == 1 else row.model
+    name = names[0] if row.ours and len(names) == 1 else row.model
+    adapter = row.ours and row.ours.settings.get("model.adapter")
+    return f"{name} + {adapter}" if adapter not in (None, "", "None") else name
 
 
 def cells(row: Row) -> dict[str, str]:

@@ -38,6 +38,7 @@ class DiffusionHarness(LM):
         name: the model's name, for the harness's records.
         seed: every request's seed follows from it, from the request's tokens and from how often its document has asked
             them before, and from nothing else.
+        sampler_seed: stands in its place for written answers; None: the same.
         until: strings that end a written answer, beside the task's own.
         escape_until: leave answers uncut by the task's own strings.
         add_bos_token: begin every prompt and every scored text with the model's BOS, where it has one.
@@ -55,6 +56,7 @@ class DiffusionHarness(LM):
         until: Sequence[str] = (),
         escape_until: bool = False,
         add_bos_token: bool = False,
+        sampler_seed: int | None = None,
     ):
         super().__init__()
         self.answerer = answerer
@@ -62,6 +64,7 @@ class DiffusionHarness(LM):
         self.truncated = 0
         """Requests that were longer than the context, and lost their beginning."""
         self._tokenizer, self._spec, self._name, self._seed = tokenizer, spec, name, seed
+        self._sampler_seed = seed if sampler_seed is None else sampler_seed
         self._max_length, self._max_new_tokens = max_length, max_new_tokens
         self._until, self._escape_until = tuple(until), escape_until
         self._bos = [spec.bos_token_id] if add_bos_token and spec.bos_token_id is not None else []
@@ -80,7 +83,7 @@ class DiffusionHarness(LM):
             ConfigError: no prompt has room beside an answer.
         """
         prompts = [self._fitting(self._prompt(request.args[0])) for request in requests]
-        seeds = self._seeds(requests, [(prompt,) for prompt in prompts])
+        seeds = self._seeds(requests, [(prompt,) for prompt in prompts], self._sampler_seed)
         texts = []
         for request, answer in zip(requests, self.answerer.generate(prompts, seeds), strict=True):
             text = self._text(answer.tokens, request.args[1].get("until"))
@@ -154,9 +157,10 @@ class DiffusionHarness(LM):
     def _score(
         self, requests: Sequence[Instance], pairs: list[Pair], groups: list[list[int]], sizes: list[float]
     ) -> list[Likelihood]:
-        return self.answerer.score(pairs, self._seeds(requests, pairs), groups, sizes) if pairs else []
+        return self.answerer.score(pairs, self._seeds(requests, pairs, self._seed), groups, sizes) if pairs else []
 
-    def _seeds(self, requests: Sequence[Instance], ids: Sequence[Sequence[Sequence[int]]]) -> list[int]:
+    @staticmethod
+    def _seeds(requests: Sequence[Instance], ids: Sequence[Sequence[Sequence[int]]], seed: int) -> list[int]:
         """A seed for each request: of the same tokens each time, and another one for each repeat of the same request.
         lm-eval repeats a request by handing in the same object several times."""
         seen: Counter[Hashable] = Counter()
@@ -164,7 +168,7 @@ class DiffusionHarness(LM):
         for request, parts in zip(requests, ids, strict=True):
             tokens = b"".join(len(part).to_bytes(8, "little") + array("q", part).tobytes() for part in parts)
             asked = (request.task_name, request.doc_id, request.idx, tokens)
-            head = f"{self._seed} {seen[asked]} ".encode()
+            head = f"{seed} {seen[asked]} ".encode()
             seen[asked] += 1
             seeds.append(int.from_bytes(hashlib.sha256(head + tokens).digest()[:8], "little") >> 2)
         return seeds
@@ -192,8 +196,7 @@ class DiffusionHarness(LM):
                 f"{self._max_new_tokens} leaves no room for a prompt in the model's context of {self._max_length}",
                 "sampler.max_new_tokens",
             )
-        self.truncated += len(prompt) > room
-        return prompt[-room:]
+        return self._end(prompt, room)
 
     def _pair(self, context: str, continuation: str) -> Pair:
         """Token ids of a context and of what follows it."""
@@ -218,10 +221,16 @@ class DiffusionHarness(LM):
         """The end of a pair that has room in the context; something is always given."""
         if self._max_length is None or len(prefix) + len(target) <= self._max_length:
             return prefix, target
-        self.truncated += 1
-        ids = (prefix + target)[-self._max_length :]
+        ids = self._end(prefix + target, self._max_length)
         given = max(len(ids) - len(target), 1)
         return ids[:given], ids[given:]
+
+    def _end(self, ids: list[int], room: int) -> list[int]:
+        """The end of what is too long, after the BOS that it should begin with; or all of it."""
+        if len(ids) <= room:
+            return ids
+        self.truncated += 1
+        return self._bos + ids[len(ids) - (room - len(self._bos)) :]
 
     def _windows(self, ids: list[int]) -> list[Pair]:
         longest = len(ids) if self._max_length is None else self._max_length - len(self._start)

@@ -94,6 +94,8 @@ class LocalHarness(DiffusionHarness):
         own = {name: value for name, value in (additional_config or {}).items() if value is not None}
         if own.get("batch_size") in _LM_EVALS_BATCH:
             del own["batch_size"]
+        if str(own.get("device")).startswith("cuda") and not torch.cuda.is_available():
+            del own["device"]  # which lm-eval's command line says where it is told nothing
         return cls(**{**own, **arg_dict})
 
     @classmethod

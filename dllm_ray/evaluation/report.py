@@ -41,7 +41,7 @@ def write(folder: Path, ask: Ask, results: dict[str, Any], figures: Mapping[str,
     with complete_file(files[0]) as file:
         json.dump(results, file, indent=2, default=handle_non_serializable, ensure_ascii=False)
     for task, documents in samples.items():
-        files.append(folder / f"samples_{task}.jsonl")
+        files.append(folder / f"samples_{task.replace('/', '_')}.jsonl")
         with complete_file(files[-1]) as file:
             for document in documents:
                 file.write(json.dumps(document, default=handle_non_serializable, ensure_ascii=False) + "\n")

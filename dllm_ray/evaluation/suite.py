@@ -16,6 +16,8 @@ from dllm_ray.sampling.config import SamplerConfig
 
 _OF_A_LINE = ("num_fewshot", "chat_template", "limit", "batch_size", "escape_until", "add_bos_token")
 """Fields that a line may say otherwise than the job."""
+_TAKEN = ("", "answers", "results.json")  # what lies beside the lines' folders
+_LONGEST = 200  # characters of a folder's name
 _SECTIONS = ("sampler", "likelihood", "evaluate")
 _ASSIGNMENT = re.compile(r",(?=\s*(?:" + "|".join(_SECTIONS) + r")\.\w+\s*=)")
 
@@ -78,7 +80,7 @@ def asks(
     else:
         if evaluate.variants:
             raise ConfigError("a suite's lines have settings of their own: leave variants out", "evaluate.variants")
-        _check_names(evaluate.suite)
+        _check_names([line_name(line) for line in evaluate.suite], "evaluate.suite")
         lines = evaluate.suite if chosen is None else _chosen(evaluate.suite, chosen)
         found = [_line(line, evaluate, sampler, likelihood) for line in lines]
     return [_changed(ask, over) for ask in found]
@@ -94,8 +96,9 @@ def _variants(evaluate: EvaluateConfig, sampler: SamplerConfig, likelihood: Like
         sampler.blocks()
     alone = replace(evaluate, variants=[])
     found = [Ask("", alone, sampler, likelihood)]
-    for variant in evaluate.variants:
-        name = ",".join(f"{key}={value}" for key, value in variant.items())
+    names = [",".join(f"{key}={value}" for key, value in variant.items()) for variant in evaluate.variants]
+    _check_names(names, "evaluate.variants")
+    for name, variant in zip(names, evaluate.variants, strict=True):
         try:
             changed = read(SamplerConfig, to_dict(sampler) | variant, "sampler")
             changed.blocks()
@@ -134,11 +137,8 @@ def _changed(ask: Ask, over: Mapping[str, Mapping[str, Any]]) -> Ask:
     parts = {}
     try:
         for name in _SECTIONS:
-            part, changes = getattr(ask, name), over.get(name, {})
-            if name == "evaluate":
-                parts[name] = replace(part, **changes)
-            else:
-                parts[name] = read(type(part), to_dict(part) | changes, name)
+            part = getattr(ask, name)
+            parts[name] = read(type(part), to_dict(part) | over.get(name, {}), name)
         with section("sampler"):
             parts["sampler"].blocks()
     except ConfigError as error:
@@ -152,16 +152,18 @@ def _check_fields(changes: Iterable[str]) -> None:
             raise ConfigError(f"evaluate.{name} can't be set for every line, only {', '.join(_OF_A_LINE)}", "set")
 
 
-def _check_names(lines: Sequence[Setting]) -> None:
-    names = [line_name(line) for line in lines]
+def _check_names(names: Sequence[str], field: str) -> None:
+    for name in names:
+        if not name.isprintable() or "/" in name or name.startswith(".") or name in _TAKEN or len(name) > _LONGEST:
+            raise ConfigError(f"{name!r} can't be a name: its results are a folder that is called so", field)
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ConfigError(f"two lines are called {twice!r}: give them names of their own", "evaluate.suite")
+        raise ConfigError(f"two settings are called {twice!r}: give them names of their own", field)
 
 
 def _chosen(lines: Sequence[Setting], chosen: str) -> list[Setting]:
-    wanted = [word.strip() for word in chosen.split(",") if word.strip()]
     known = {line_name(line) for line in lines} | {line.task for line in lines}
+    wanted = [word.strip() for word in ([chosen] if chosen in known else chosen.split(",")) if word.strip()]
     for word in wanted:
         if word not in known:
             raise ConfigError(f"no line {word!r}{_near(word, known)}", "suite")

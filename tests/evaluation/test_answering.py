@@ -10,7 +10,9 @@ import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
+import dllm_ray
 from dllm_ray.cluster import Shares
+from dllm_ray.config import to_dict
 from dllm_ray.errors import ConfigError
 from dllm_ray.evaluation.answering import LocalAnswers, PooledAnswers, _Slices, _Unit
 from dllm_ray.evaluation.cache import AnswerCache
@@ -174,6 +176,38 @@ def test_a_few_likelihoods_are_work_for_several_workers(lm):
     pool = LoopPool(lm)
     PooledAnswers(pool, SAMPLER, LikelihoodConfig(mc_num=32, batch_size=2), 64, None).score(PAIRS, SEEDS, GROUPS, SIZES)
     assert pool.calls > 5
+
+
+def test_answers_on_disk_depend_on_every_setting(lm, tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(AnswerCache, "under", lambda cache, more: kept.append(more) or cache)
+    pooled = PooledAnswers(LoopPool(lm), SAMPLER, LIKELIHOOD, 3, AnswerCache(str(tmp_path), {"model": "m"}))
+    pooled.generate(PROMPTS, SEEDS)
+    pooled.score(PAIRS, SEEDS, GROUPS, SIZES)
+    sampler, likelihood = kept
+    # a seed belongs to its request, and batches change the speed only
+    assert sampler["sampler"] == {k: v for k, v in to_dict(SAMPLER).items() if k != "seed"}
+    assert likelihood["likelihood"] == {k: v for k, v in to_dict(LIKELIHOOD).items() if k != "batch_size"}
+    assert sampler["dllm_ray"] == likelihood["dllm_ray"] == dllm_ray.__version__
+
+
+def test_sizes_count_where_choices_are_ranked(lm, tmp_path):
+    def asked(sizes):
+        config = replace(LIKELIHOOD, adaptive=True)
+        pooled = PooledAnswers(LoopPool(lm), SAMPLER, config, 3, AnswerCache(str(tmp_path), {"model": "m"}))
+        pooled.score(PAIRS, SEEDS, GROUPS, sizes)
+        return pooled.figures.asked
+
+    assert asked(SIZES) == len(PAIRS)
+    assert asked(SIZES) == 0
+    assert asked([size + (index == 0) for index, size in enumerate(SIZES)]) == len(GROUPS[0])
+
+
+def test_guidance_doubles_the_forwards(lm):
+    plain, guided = (LocalAnswers(lm, SAMPLER, replace(LIKELIHOOD, cfg_scale=scale), 3) for scale in (0.0, 1.0))
+    for local in (plain, guided):
+        local.score(PAIRS[:2], SEEDS[:2], [[0], [1]], SIZES[:2])
+    assert guided.figures.forwards == 2 * plain.figures.forwards > 0
 
 
 def test_an_adaptive_question_is_scored_as_a_whole(lm, tmp_path):

@@ -98,7 +98,9 @@ def test_only_settings_that_matter_to_the_task_are_compared(lines):
 
 def test_an_adapter_and_another_task_are_differences(lines):
     changed = dict(lines[0].settings) | {"model.adapter": "lora"}
-    said = verdict(row_of(score_of(lines[0], task="gsm8k_file", settings=changed), lines))
+    adapted = row_of(score_of(lines[0], task="gsm8k_file", settings=changed), lines)
+    assert cells(adapted)["model"] == f"{cells(row_of(score_of(lines[0]), lines))['model']} + lora"
+    said = verdict(adapted)
     assert said == "task gsm8k_file instead of gsm8k_cot, adapter lora instead of none [llada: gsm8k]"
 
 

@@ -167,6 +167,11 @@ def test_bos_begins_prompts_and_scored_texts_where_it_is_asked_for(harness, spec
     model.loglikelihood(requests(("a", "b"), ("", "b"), kind="loglikelihood"))
     assert [prompt.count(bos) for prompt in answers.prompts] == [1] and answers.prompts[0][0] == bos
     assert [(prefix[0], prefix.count(bos)) for prefix, _ in answers.pairs] == [(bos, 1)] * 2
+    model, answers = harness(add_bos_token=True, spec={"bos_token_id": bos}, max_length=6, max_new_tokens=3)
+    model.generate_until(requests("123456"))
+    model.loglikelihood(requests(("123456", "78"), kind="loglikelihood"))
+    assert [len(answers.prompts[0]), answers.prompts[0][0]] == [3, bos]  # also where the beginning is lost
+    assert [len(part) for part in answers.pairs[0]] == [4, 2] and answers.pairs[0][0][0] == bos
     model, answers = harness(add_bos_token=True, spec={"bos_token_id": None})
     model.generate_until(requests("a"))
     assert bos not in answers.prompts[0]
@@ -214,6 +219,7 @@ def test_a_seed_depends_on_its_request_alone(harness):
     assert len({one, two, three}) == 3 and all(0 <= seed < 2**62 for seed in (one, two, three))
     assert seeds("c", "a") == [three, one]
     assert seeds("a", seed=1) != [one]
+    assert seeds("a", seed=7, sampler_seed=1) == seeds("a", seed=1)
     model, answers = harness()
     model.loglikelihood(requests(("a", "b"), ("a", "c"), kind="loglikelihood"))
     first = answers.seeds
@@ -244,7 +250,7 @@ def test_what_lm_eval_sees_is_what_sampler_and_estimate_give(make_lm):
     expected = [chat.decode(lm.tokenizer, tokens) for tokens in output.completions]
     assert model.generate_until(requests("sort 1", "reverse 2", "x")) == expected
     pairs = [model._pair("sort 1", " 2"), model._pair("sort 1", " 21")]
-    (one, two) = estimate(lm, pairs, likelihood, model._seeds(requests("a", "b"), pairs))
+    (one, two) = estimate(lm, pairs, likelihood, model._seeds(requests("a", "b"), pairs, 0))
     found = model.loglikelihood(requests(("sort 1", " 2"), ("sort 1", " 21"), kind="loglikelihood"))
     assert [mean for mean, _ in found] == pytest.approx([one.mean, two.mean], abs=1e-4)
 
@@ -288,7 +294,7 @@ def test_an_argument_that_does_not_fit_is_named(folder, arguments, message):
 def test_the_command_line_of_lm_eval_finds_the_model(folder, tmp_path):
     if not any(point.name == "dllm_ray" for point in entry_points(group="torch.backends")):
         pytest.skip("the package was installed without its entry point: install it again")
-    arguments = f"pretrained={folder},steps=4,block_size=8,max_new_tokens=8,device=cpu"
+    arguments = f"pretrained={folder},steps=4,block_size=8,max_new_tokens=8"
     words = ["--model", "dllm_ray", "--model_args", arguments, "--tasks", "digits", "--include_path", str(TASKS)]
     words += ["--limit", "4", "--apply_chat_template", "--output_path", str(tmp_path / "out.json"), "--log_samples"]
     command = [str(Path(sys.executable).with_name("lm_eval")), *words]

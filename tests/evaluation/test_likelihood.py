@@ -293,3 +293,11 @@ def test_what_has_no_likelihood_is_refused(decoder):
         log_likelihood(decoder, [([5] * 60, [6] * 8)])
     with pytest.raises(ModelError, match="no mask token"):
         log_likelihood(like(decoder, mask_token_id=None), [([5], [6])])
+
+
+def test_a_broken_model_is_named_in_place_of_a_score(make_lm):
+    lm = make_lm()
+    with torch.no_grad():
+        lm.model.get_input_embeddings().weight[lm.spec.mask_token_id] = torch.nan
+    with pytest.raises(ModelError, match=r"logits are not numbers \(NaN\)"):
+        log_likelihood(lm, [([5], [6, 7])], mc_num=4)

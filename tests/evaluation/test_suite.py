@@ -56,7 +56,9 @@ def test_variants_are_asked_beside_the_jobs_own_settings():
     [
         ({"chosen": "gsm9k"}, "suite: no line 'gsm9k'; the nearest: gsm8k"),
         ({"chosen": ","}, "suite: name lines: gsm8k, gsm8k-long, arc_easy"),
-        ({"lines": [LINES[0], LINES[0]]}, "evaluate.suite: two lines are called 'gsm8k'"),
+        ({"lines": [LINES[0], LINES[0]]}, "evaluate.suite: two settings are called 'gsm8k'"),
+        ({"lines": [Setting("a", name="../b")]}, "evaluate.suite: '../b' can't be a name"),
+        ({"lines": [Setting("answers")]}, "evaluate.suite: 'answers' can't be a name"),
         ({"lines": [Setting("a", sampler={"step": 4})]}, "evaluate.suite: line a: sampler.*did you mean steps"),
         ({"lines": [Setting("a", sampler={"steps": 1})]}, "evaluate.suite: line a: .*fewer than the 2 blocks"),
         ({"lines": [Setting("a", likelihood={"mc_num": 0})]}, "evaluate.suite: line a: .*mc_num: must be a whole"),
@@ -66,12 +68,19 @@ def test_variants_are_asked_beside_the_jobs_own_settings():
         ({"changes": "sampler.steps"}, "set: expected section.field=value"),
         ({"changes": "sampler.step=4"}, "sampler.*did you mean steps"),
         ({"changes": "evaluate.tasks=[a]"}, "set: evaluate.tasks can't be set for every line, only num_fewshot"),
+        ({"changes": "evaluate.limit=abc"}, "set: gsm8k: evaluate.*limit"),
+        ({"changes": "evaluate.chat_template=maybe"}, "set: gsm8k: evaluate.*chat_template"),
         ({"changes": "sampler.steps=["}, "set: 'sampler.steps=\\[': the value is no YAML"),
     ],
 )
 def test_what_can_not_be_asked_is_named(settings, said):
     with pytest.raises(ConfigError, match=said):
         found(**settings)
+
+
+def test_equal_variants_are_refused():
+    with pytest.raises(ConfigError, match="two settings are called 'steps=4'"):
+        asks(EvaluateConfig(variants=[{"steps": 4}, {"steps": 4}]), SAMPLER, LikelihoodConfig())
 
 
 def test_lines_are_chosen_in_a_suite_only():
