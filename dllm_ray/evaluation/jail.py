@@ -1,11 +1,13 @@
 """The inside of the sandbox: a process of its own that gives up what it could do harm with, then runs one program.
 
 Started by `sandbox` as a script, with the program on its standard input. Standard library only: it imports nothing of
-the project, and writes its verdict as one JSON object to the pipe it was given as standard output.
+the project. To the pipe it was given as standard output it writes `CONFINED` before the program starts, then the
+verdict as one JSON object; what stands before that line, the program can't have written.
 
 The process gives up its capabilities, files and system calls, each for good:
 - Landlock (Linux 5.13): Python's own folders may be read, the working directory may be written, all else is closed.
-- A seccomp filter: no sockets, no new processes, no signals to others, nothing that changes the system.
+- A seccomp filter: no sockets but pairs, no new processes, no signals to others, nothing that changes the system. It
+  doesn't rely on what Landlock learned later (signals in Linux 6.12).
 - Resource limits: address space, CPU time, size of a file, open files, no core dumps.
 """
 
@@ -19,12 +21,15 @@ import sys
 import types
 from pathlib import Path
 
+CONFINED = b"confined\n"
+
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 # number of each refused system call: (x86_64, aarch64); None: the machine has no such call
 _REFUSED = {
     # other machines, other processes
-    "socket": (41, 198), "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281),
+    "socket": (41, 198), "connect": (42, 203), "fork": (57, None), "vfork": (58, None), "execve": (59, 221),
+    "execveat": (322, 281),
     "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138),
     "rt_tgsigqueueinfo": (297, 240), "ptrace": (101, 117), "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271), "prlimit64": (302, 261), "setpriority": (141, 140),
@@ -36,7 +41,7 @@ _REFUSED = {
     "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54), "utime": (132, None), "utimes": (235, None),
     "futimesat": (261, None), "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6),
     "fsetxattr": (190, 7), "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
-    "open_by_handle_at": (304, 265),
+    "open_by_handle_at": (304, 265), "fallocate": (285, 47),
     # the system
     "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "unshare": (272, 97),
     "setns": (308, 268), "acct": (163, 89), "quotactl": (179, 60), "swapon": (167, 224), "swapoff": (168, 225),
@@ -47,13 +52,20 @@ _REFUSED = {
     "userfaultfd": (323, 282), "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
 }  # fmt: skip
 _CLONE = (56, 220)  # allowed for threads only
+_SOCKETPAIR = (53, 199)  # allowed for streams only, which asyncio needs: from a pair of datagrams any socket is reached
+_OWNERS = {  # refused with these commands, by which a file signals another process
+    (72, 25): (8, 10, 15),  # fcntl: F_SETOWN, F_SETSIG, F_SETOWN_EX
+    (16, 29): (0x8901, 0x8902),  # ioctl: FIOSETOWN, SIOCSPGRP
+}
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, the kernel's name of it
 _NEW = 424  # from here on all machines number alike; the kernel's newer calls are refused unless listed
 _NEW_ALLOWED = (436, 437, 439, 441, 449)  # close_range, openat2, faccessat2, epoll_pwait2, futex_waitv
 _CLONE_THREAD = 0x10000
+_AF_UNIX, _SOCK_STREAM, _SOCK_TYPE = 1, 1, 0xF
 _EPERM, _ENOSYS = 1, 38
 
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
+_LANDLOCK_NEWEST = 6  # the version whose rights are known here
 _READ_FILE, _READ_DIR, _WRITE_FILE = 1 << 2, 1 << 3, 1 << 1
 _FILE_RIGHTS = _READ_FILE | _WRITE_FILE | 1 | 1 << 14 | 1 << 15
 _SPECIAL = 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11  # devices, sockets and pipes with a name
@@ -78,6 +90,7 @@ def main() -> None:
     except (Unconfined, OSError, ValueError) as error:
         write(pipe, dumps({"unconfined": f"{error}"}).encode())
         leave(1)
+    write(pipe, CONFINED)
     message = _run(order["program"])
     write(pipe, dumps({"token": order["token"]} if message is None else {"message": message}).encode())
     leave(0)
@@ -130,7 +143,8 @@ def _limit(order) -> None:
     ):
         hard = resource.getrlimit(name)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(name, (value, value))
+        later = name == resource.RLIMIT_CPU and value != hard  # first a signal that says why, a second later the end
+        resource.setrlimit(name, (value, value + later))
 
 
 def _drop_capabilities() -> None:
@@ -140,7 +154,7 @@ def _drop_capabilities() -> None:
 
 
 def _close_files() -> None:
-    version = _LIBC.syscall(_LANDLOCK_CREATE, None, 0, 1)
+    version = min(_LIBC.syscall(_LANDLOCK_CREATE, None, 0, 1), _LANDLOCK_NEWEST)
     if version < 1:
         raise Unconfined("the kernel has no Landlock (Linux 5.13 or later, switched on)")
     rights = (1 << 13) - 1
@@ -172,17 +186,25 @@ def _close_files() -> None:
 
 def _filter_calls(column: int, architecture: int) -> None:
     """A classic BPF program over (call number, architecture, arguments): the first rule that fits decides."""
-    load, equal, at_least, bits, result = 0x20, 0x15, 0x35, 0x45, 0x06
+    load, equal, at_least, bits, mask, result = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
     allow, fail, kill = 0x7FFF0000, 0x00050000, 0x80000000
+    first, second = 16, 24  # where the lower halves of two arguments lie
+    refuse, permit = (result, 0, 0, fail | _EPERM), (result, 0, 0, allow)
     rules = [(load, 0, 0, 4), (equal, 1, 0, architecture), (result, 0, 0, kill), (load, 0, 0, 0)]
     for number in _NEW_ALLOWED:
-        rules += [(equal, 0, 1, number), (result, 0, 0, allow)]
+        rules += [(equal, 0, 1, number), permit]
     rules += [(at_least, 0, 1, _NEW), (result, 0, 0, fail | _ENOSYS)]  # the C library then takes the older call
     for numbers in _REFUSED.values():
         if numbers[column] is not None:
-            rules += [(equal, 0, 1, numbers[column]), (result, 0, 0, fail | _EPERM)]
-    rules += [(equal, 0, 3, _CLONE[column]), (load, 0, 0, 16), (bits, 1, 0, _CLONE_THREAD)]
-    rules += [(result, 0, 0, fail | _EPERM), (result, 0, 0, allow)]
+            rules += [(equal, 0, 1, numbers[column]), refuse]
+    for numbers, commands in _OWNERS.items():
+        rules += [(equal, 0, 2 + 2 * len(commands), numbers[column]), (load, 0, 0, second)]
+        for command in commands:
+            rules += [(equal, 0, 1, command), refuse]
+        rules += [permit]
+    rules += [(equal, 0, 8, _SOCKETPAIR[column]), (load, 0, 0, first), (equal, 1, 0, _AF_UNIX), refuse]
+    rules += [(load, 0, 0, second), (mask, 0, 0, _SOCK_TYPE), (equal, 1, 0, _SOCK_STREAM), refuse, permit]
+    rules += [(equal, 0, 3, _CLONE[column]), (load, 0, 0, first), (bits, 1, 0, _CLONE_THREAD), refuse, permit]
     code = b"".join(struct.pack("HBBI", *rule) for rule in rules)
     buffer = ctypes.create_string_buffer(code, len(code))
     program = struct.pack("HxxxxxxQ", len(rules), ctypes.addressof(buffer))

@@ -16,17 +16,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from dllm_ray.errors import EvaluationError
+from dllm_ray.evaluation.jail import CONFINED
 
 _JAIL = Path(__file__).with_name("jail.py")
 _MOST_ANSWER = 1 << 16  # bytes; what a verdict takes, and not what a program may send in its place
 _MOST_MESSAGE = 600
+_GLANCE = 0.05  # seconds between looks at what a program does
+_BLOCK = 4096  # bytes that a file or folder takes beside what it holds
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Limits:
     """Bytes of address space."""
     file_bytes: int = 1 << 20
     """Bytes of a file it writes."""
+    folder_bytes: int = 64 << 20
+    """Bytes of all files in its folder, looked at 20 times a second; it may write some more before it is stopped."""
 
 
 @dataclass(frozen=True)
@@ -100,66 +105,101 @@ def _run_one(program: str, limits: Limits) -> Outcome:
             start_new_session=True,
         )
         try:
-            answer = _read(process.stdout.fileno(), time.monotonic() + limits.seconds)
-            in_time = answer is not None and _ended(process)
+            answer, stopped = _follow(process, folder, limits)
         finally:
-            _kill(process)
+            process.kill()
+            process.wait()
             process.stdout.close()
-    return _outcome(answer if in_time else None, token, process.returncode, limits)
+    return stopped or _outcome(answer, token, process.returncode, limits)
 
 
-def _empty_folder() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="program-", ignore_cleanup_errors=True)
+@contextlib.contextmanager
+def _empty_folder() -> Iterator[str]:
+    folder = tempfile.TemporaryDirectory(prefix="program-", ignore_cleanup_errors=True)
+    try:
+        yield folder.name
+    finally:
+        with contextlib.suppress(RecursionError):
+            folder.cleanup()
+        if os.path.lexists(folder.name):  # folders in folders in folders, too many for Python
+            subprocess.run(["rm", "-rf", "--", folder.name], check=False, stderr=subprocess.DEVNULL)
 
 
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
-def _read(pipe: int, deadline: float) -> bytes | None:
-    """What the process says until it closes the pipe; None if it doesn't in time."""
-    answer, poll = b"", select.poll()
+def _follow(process: subprocess.Popen, folder: str, limits: Limits) -> tuple[bytes, Outcome | None]:
+    """What the process says until it has ended, and how it did where it is to be stopped before."""
+    answer, pipe, poll = b"", process.stdout.fileno(), select.poll()
     poll.register(pipe, select.POLLIN)
-    while len(answer) <= _MOST_ANSWER:
-        left = deadline - time.monotonic()
-        if left <= 0 or not poll.poll(left * 1000):
-            return None
-        part = os.read(pipe, _MOST_ANSWER)
-        if not part:
-            break
-        answer += part
-    return answer
+    deadline, closed, ended = time.monotonic() + limits.seconds, False, False
+    while not ended:
+        if closed:
+            ended = _ends(process)
+        elif poll.poll(_GLANCE * 1000):
+            part = os.read(pipe, _MOST_ANSWER)
+            answer, closed = answer + part, not part
+        if _exceeds(folder, limits.folder_bytes):
+            return answer, Outcome("failed", f"it wrote more than {limits.folder_bytes} bytes of files")
+        if len(answer) > _MOST_ANSWER:
+            return answer, Outcome("failed", "it wrote to the pipe of its verdict")
+        if not ended and time.monotonic() > deadline:
+            return answer, _too_late(limits)
+    return answer, None
 
 
-def _ended(process: subprocess.Popen) -> bool:
-    """Whether the process ends now that it closed its pipe."""
+def _ends(process: subprocess.Popen) -> bool:
     try:
-        process.wait(timeout=1)
+        process.wait(timeout=_GLANCE)
     except subprocess.TimeoutExpired:
         return False
     return True
 
 
-def _kill(process: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def _exceeds(folder: str, most: int) -> bool:
+    """Whether the files below a folder take more bytes than `most`; one that can't be looked into counts as if."""
+    size, left = 0, [folder]
+    while left:
+        try:
+            with os.scandir(left.pop()) as entries:
+                for entry in entries:
+                    size += _BLOCK
+                    with contextlib.suppress(FileNotFoundError):  # removed since
+                        size += entry.stat(follow_symlinks=False).st_blocks * 512
+                    if size > most:
+                        return True
+                    if entry.is_dir(follow_symlinks=False):
+                        left.append(entry.path)
+        except FileNotFoundError:  # removed since
+            continue
+        except OSError:
+            return True
+    return False
 
 
-def _outcome(answer: bytes | None, token: str, status: int, limits: Limits) -> Outcome:
-    if answer is None or status == -signal.SIGXCPU:
-        return Outcome("timed out", f"it ran for more than {limits.seconds:g} s")
+def _too_late(limits: Limits) -> Outcome:
+    return Outcome("timed out", f"it ran for more than {limits.seconds:g} s")
+
+
+def _outcome(answer: bytes, token: str, status: int, limits: Limits) -> Outcome:
+    """What the jail said of a process that ended by itself; the program may have said other things."""
+    confined = answer.startswith(CONFINED)
+    if status == -signal.SIGXCPU:
+        return _too_late(limits)
     try:
-        verdict = json.loads(answer)
-    except ValueError:
+        verdict = json.loads(answer.removeprefix(CONFINED))
+    except (ValueError, RecursionError):
         verdict = None
     if not isinstance(verdict, dict):
         how = f"signal {-status}" if status < 0 else f"status {status}"
         return Outcome("failed", f"it ended before its tests did, with {how}")
-    if "unconfined" in verdict:
+    if not confined:
         raise EvaluationError(
             f"this machine can't run a model's code in a sandbox: {verdict['unconfined']}. Leave out the tasks that "
             "run code, or evaluate them on another machine"
         )
     if verdict.get("token") == token and status == 0:
         return Outcome("passed")
-    return Outcome("failed", str(verdict.get("message") or "it ended before its tests did")[:_MOST_MESSAGE])
+    message = verdict.get("message")
+    message = message if message and isinstance(message, str) else "it ended before its tests did"
+    return Outcome("failed", message[:_MOST_MESSAGE].encode(errors="backslashreplace").decode())
