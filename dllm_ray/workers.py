@@ -52,8 +52,6 @@ class Slice:
     """What was written, in the order of `rows`."""
     ended: list[bool]
     """Whether an end-of-text token ended each answer; else it ran to its limit."""
-    seconds: float
-    """The worker's time."""
 
     def answers(self) -> dict[int, Answer]:
         """Row -> answer."""
@@ -147,7 +145,6 @@ class ModelPool:
         slice_rows: int,
         done: Container[int] = (),
         infill: bool = False,
-        sequences: bool = False,
     ) -> Iterator[Slice]:
         """Answers prompts slice by slice, and yields each slice when it is finished, in whatever order that is.
 
@@ -158,7 +155,6 @@ class ModelPool:
             done: rows answered before. A slice is left out when it holds no others, else it is done as a whole: so
                 slices, and with them answers, stay what they would have been.
             infill: fill the mask tokens inside the prompts instead of continuing them.
-            sequences: bring back `SampleOutput.sequences`, which most callers have no use for.
 
         Raises:
             DllmRayError: what a worker met, e.g. a prompt that doesn't fit the context.
@@ -170,41 +166,9 @@ class ModelPool:
         longest_first = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
         cut = [longest_first[start : start + slice_rows] for start in range(0, len(prompts), slice_rows)]
         todo = [rows for rows in cut if not all(row in done for row in rows)]
-        work = [
-            ([list(prompts[row]) for row in rows], config, [seeds[row] for row in rows], infill, sequences)
-            for rows in todo
-        ]
-        for index, (output, ended), seconds in self.run(_sample, work):
-            yield Slice(todo[index], output, ended, seconds)
-
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        config: SamplerConfig,
-        slice_rows: int,
-        on_progress: Callable[[int], None] | None = None,
-    ) -> SampleOutput:
-        """Answers every prompt; all answers are held in memory.
-
-        Args:
-            prompts: token ids.
-            config: how to denoise.
-            slice_rows: prompts in a slice; a worker denoises a slice as one batch.
-            on_progress: called with the number of prompts answered so far.
-
-        Raises:
-            DllmRayError: as `slices`.
-        """
-        self.wait()
-        began = time.perf_counter()
-        finished: list[Slice] = []
-        done = 0
-        for part in self.slices(prompts, config, slice_rows, sequences=True):
-            finished.append(part)
-            done += len(part.rows)
-            if on_progress is not None:
-                on_progress(done)
-        return _in_order(finished, time.perf_counter() - began)
+        work = [([list(prompts[row]) for row in rows], config, [seeds[row] for row in rows], infill) for rows in todo]
+        for index, (output, ended), _ in self.run(_sample, work):
+            yield Slice(todo[index], output, ended)
 
     def fill(
         self,
@@ -331,12 +295,11 @@ def _sample(
     config: SamplerConfig,
     seeds: list[int],
     infill: bool,
-    sequences: bool,
 ) -> tuple[SampleOutput, list[bool]]:
     sampler = Sampler(lm, config)
     output = (sampler.infill if infill else sampler.sample)(prompts, seeds=seeds)
     ended = ended_by_stop(prompts, output, lm.spec.stop_token_ids)
-    return output if sequences else replace(output, sequences=[]), ended
+    return replace(output, sequences=[]), ended  # which nobody has a use for
 
 
 def _trace(
@@ -415,22 +378,3 @@ def _rows_in_order(dataset: "ray.data.Dataset") -> list[dict[str, Any]]:
         return [row for table in dataset.iter_batches(batch_format="pyarrow") for row in table.to_pylist()]
     finally:
         options.preserve_order = before
-
-
-def _in_order(finished: list[Slice], seconds: float) -> SampleOutput:
-    """The slices' outputs as one, in the order of the prompts."""
-    place = [row for part in finished for row in part.rows]
-    order = sorted(range(len(place)), key=place.__getitem__)
-
-    def joined(field: str) -> list:
-        values = [value for part in finished for value in getattr(part.output, field)]
-        return [values[index] for index in order]
-
-    return SampleOutput(
-        sequences=joined("sequences"),
-        completions=joined("completions"),
-        row_nfe=joined("row_nfe"),
-        nfe=sum(part.output.nfe for part in finished),
-        seconds=seconds,
-        history=None,
-    )

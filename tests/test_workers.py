@@ -51,19 +51,24 @@ def pool(model, workers=2):
     return ModelPool(model, Shares(workers, cpus=0.5, gpus=0, data_cpus=1), threads=1)
 
 
+def completions(pool, slice_rows, on_progress=lambda done: None):
+    """The answers to `PROMPTS`, in their order."""
+    answers = {}
+    for part in pool.slices(PROMPTS, CONFIG, slice_rows):
+        answers |= zip(part.rows, part.output.completions, strict=True)
+        on_progress(len(answers))
+    return [answers[row] for row in range(len(PROMPTS))]
+
+
 def test_the_pool_answers_like_one_sampler_whatever_the_workers_and_slices(model, two, make_lm):
     expected = Sampler(make_lm(), CONFIG).sample(PROMPTS)
-    progress = []
     with pool(model, workers=1) as one:
-        found = two.sample(PROMPTS, CONFIG, 3, progress.append)
-        assert found.sequences == expected.sequences
-        assert found.row_nfe == expected.row_nfe
-        assert one.sample(PROMPTS, CONFIG, 4).sequences == expected.sequences
-    assert progress == sorted(progress) and progress[-1] == len(PROMPTS)
+        assert completions(two, 3) == expected.completions
+        assert completions(one, 4) == expected.completions
 
 
 def test_a_lost_worker_is_replaced_and_its_slice_done_again(model, make_lm):
-    expected = Sampler(make_lm(), CONFIG).sample(PROMPTS).sequences
+    expected = Sampler(make_lm(), CONFIG).sample(PROMPTS).completions
     with pool(model) as answers:
         answers.wait()
         killed = []
@@ -74,7 +79,7 @@ def test_a_lost_worker_is_replaced_and_its_slice_done_again(model, make_lm):
                 killed.append(worker)
                 os.kill(ray.get(worker.__ray_call__.remote(lambda _self: os.getpid())), signal.SIGKILL)
 
-        assert answers.sample(PROMPTS, CONFIG, 2, kill_one).sequences == expected
+        assert completions(answers, 2, kill_one) == expected
         assert killed and killed[0] is not answers._actors[0]
 
 
@@ -91,14 +96,14 @@ def test_a_worker_lost_while_it_loads_is_replaced_and_work_that_kills_all_of_the
 
 def test_a_workers_complaint_arrives_as_itself(model, two, tmp_path):
     with pytest.raises(ConfigError, match=r"^a canvas of 68 tokens .* context of 64"):
-        two.sample([list(range(20, 80))], CONFIG, 4)
+        list(two.slices([list(range(20, 80))], CONFIG, 4))
     gone = ModelConfig(path=str(tmp_path / "gone"))
     with pool(gone) as answers, pytest.raises(ModelError, match=r"^no such model directory: .*gone$"):
-        answers.sample(PROMPTS, CONFIG, 4)
+        completions(answers, 4)
 
 
 def test_no_prompts_no_answers(two):
-    assert two.sample([], CONFIG, 4).completions == []
+    assert list(two.slices([], CONFIG, 4)) == []
 
 
 def test_slices_bring_back_what_was_written_and_leave_out_what_is_done(two, make_lm):
@@ -117,7 +122,7 @@ def test_slices_bring_back_what_was_written_and_leave_out_what_is_done(two, make
     assert all(answers[row] == answer for part in rest for row, answer in part.answers().items())
 
 
-def test_a_store_is_filled_with_what_it_lacks_and_keeps_a_drawn_seed(model, two, tmp_path):
+def test_a_store_is_filled_with_what_it_lacks_and_keeps_a_drawn_seed(model, two, make_lm, tmp_path):
     drawn = replace(CONFIG, seed=None)
     path = tmp_path / "answers.jsonl"
 
@@ -137,7 +142,7 @@ def test_a_store_is_filled_with_what_it_lacks_and_keeps_a_drawn_seed(model, two,
         two.fill(store, PROMPTS, drawn, 2, progress.append)
         assert min(progress) >= 5 and progress[-1] == len(PROMPTS)
         assert store.facts["seconds"] > seconds
-        expected = two.sample(PROMPTS, replace(CONFIG, seed=store.facts["seed"]), 2)
+        expected = Sampler(make_lm(), replace(CONFIG, seed=store.facts["seed"])).sample(PROMPTS)
         found = [store[row] for row in range(len(PROMPTS))]
         assert [answer.tokens for answer in found] == expected.completions
         assert [answer.nfe for answer in found] == expected.row_nfe

@@ -7,6 +7,7 @@ the requests alone, so the answers don't depend on who gives them. Knows nothing
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -135,7 +136,7 @@ class _Slices:
         return [part for part in slices if part]
 
 
-class _Answers:
+class _Answers(ABC):
     """What local and pooled answering share: who computes, `_run`, is theirs."""
 
     def __init__(
@@ -151,8 +152,9 @@ class _Answers:
         self._sampler, self._likelihood, self._batch_size = sampler, likelihood, batch_size
         self._cache, self._on_progress, self._workers = cache, on_progress, workers
 
+    @abstractmethod
     def _run(self, function: Callable[..., Any], work: Sequence[tuple]) -> Iterable[tuple[int, Any, float]]:
-        raise NotImplementedError
+        """As `Pool.run`."""
 
     def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Answer]:
         """Continues prompts, each with its own seed.

@@ -29,7 +29,7 @@ def test_scores_are_percentages_of_a_known_kind():
         "LLaDA-8B-Instruct",
         "GSAI-ML/LLaDA-8B-Instruct",
         "/models/llada-8b-instruct/",
-        "/root/.cache/huggingface/hub/models--GSAI-ML--LLaDA-8B-Instruct/snapshots/0a1b2c",
+        "/models/.cache/huggingface/hub/models--GSAI-ML--LLaDA-8B-Instruct/snapshots/0a1b2c",
     ],
 )
 def test_a_model_is_found_by_name_hub_id_and_path(model):
