@@ -14,7 +14,8 @@ class LikelihoodConfig:
     """Noisy copies of each target that the estimate averages; targets so short that all their masks are fewer are
     summed exactly."""
     batch_size: int = 32
-    """Noisy copies in one forward, of one target or of many; it changes the speed and not the estimate."""
+    """Most noisy copies in one forward, of one target or of many; on a CPU also no more than suit its caches. The
+    estimate doesn't depend on it."""
     cfg_scale: float = 0.0
     """Classifier-free guidance (arXiv 2207.12598) of the scored distribution; 0 is off, else forwards double."""
     check_greedy: bool = False

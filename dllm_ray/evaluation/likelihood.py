@@ -40,6 +40,7 @@ DECIDED = 3.0
 
 _LOGITS_AT_ONCE = 512  # masked positions whose vocabulary logits are held at a time
 _PACKED = 256  # positions that a row with a clean copy may always have beside it, however short that is
+_TOKENS_ON_CPU = 1024  # of a forward: what more of them do per second falls, as activations outgrow the caches
 
 
 class Likelihood(NamedTuple):
@@ -230,7 +231,7 @@ def _sums(lm: DiffusionLM, texts: Texts, items: _Items, config: LikelihoodConfig
     order = np.argsort(row, kind="stable")
     items, row, hidden = items.take(order), row[order], hidden[order]
     found, owner = [], []
-    for start, stop in _batches(row, copies, hidden if config.cfg_scale else None, config.batch_size):
+    for start, stop in _batches(row, _loads(lm, items, row, copies, hidden, config)):
         nll_N, item_N = _forward(lm, texts, items, np.arange(start, stop), row[start:stop] - row[start], config)
         found.append(nll_N)
         owner.append(item_N)
@@ -263,26 +264,42 @@ def _rows(texts: Texts, items: _Items, grid: int | None, batch_size: int) -> tup
     return row, copies
 
 
-def _batches(
-    row: np.ndarray, copies: np.ndarray, hidden: np.ndarray | None, batch_size: int
-) -> Iterator[tuple[int, int]]:
-    """Items of each forward: whole rows, as many as hold `batch_size` copies, or whose logits may be held at a time.
+def _loads(
+    lm: DiffusionLM, items: _Items, row: np.ndarray, copies: np.ndarray, hidden: np.ndarray, config: LikelihoodConfig
+) -> np.ndarray:
+    """[B] share of a forward that each row takes.
 
     Args:
         row: [I] ascending.
         copies: [B] of each row.
-        hidden: [I] masked tokens, where their logits are held all at once; None: they needn't be.
-        batch_size: most copies.
+        hidden: [I] masked tokens.
     """
-    weight = copies / batch_size
-    if hidden is not None:
-        weight = np.maximum(weight, np.bincount(row, hidden) / _LOGITS_AT_ONCE)
-    first, load = 0, 0.0
-    for number, more in enumerate(weight.tolist()):
-        if load + more > 1 + 1e-9 and number > first:
+    load = copies / config.batch_size
+    if config.cfg_scale:  # all logits of a forward are held at once
+        load = np.maximum(load, np.bincount(row, hidden) / _LOGITS_AT_ONCE)
+    if lm.device.type == "cpu":
+        width = np.bincount(row, items.stop - items.first)
+        if lm.spec.grid is not None:
+            clean = np.zeros_like(copies)
+            np.maximum.at(clean, row, items.first)
+            width = width + clean
+        load = np.maximum(load, width / _TOKENS_ON_CPU)
+    return load
+
+
+def _batches(row: np.ndarray, load: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Items of each forward: whole rows, as many as fill it, and at least one.
+
+    Args:
+        row: [I] ascending.
+        load: [B] share of a forward that each row takes.
+    """
+    first, taken = 0, 0.0
+    for number, more in enumerate(load.tolist()):
+        if taken + more > 1 + 1e-9 and number > first:
             yield int(np.searchsorted(row, first)), int(np.searchsorted(row, number))
-            first, load = number, 0.0
-        load += more
+            first, taken = number, 0.0
+        taken += more
     yield int(np.searchsorted(row, first)), len(row)
 
 
