@@ -38,6 +38,7 @@ def parse(
         job: the job's dataclass; nested dataclass fields become dotted options.
         argv: the command line without the program's name. `--config FILE` may be repeated, later files win;
             `--section.field value` wins over every file; `--print_config` prints the resolved settings as YAML.
+            Names may have hyphens for underscores.
         prog: how the program is called, for the help text.
         description: first lines of the help text.
         defaults: section -> a function that, given what files and command line set (dotted name -> value), returns
@@ -318,11 +319,12 @@ def _split_argv(argv: list[str], keys: Mapping[str, Any]) -> tuple[list[str], li
         if not word.startswith("--"):
             raise ConfigError(f"unexpected argument {word!r}; settings are given as --section.field VALUE")
         name, has_value, value = word[2:].partition("=")
+        name = _with_underscores(name, keys)
         if name == "print_config":
             print_config = True
             continue
         plain = name.removesuffix("+")
-        if name != "config" and plain not in keys and not _inside_mapping(plain, keys):
+        if not _is_option(name, keys):
             if any(key.startswith(f"{plain}.") for key in keys):
                 raise ConfigError(f"--{name} is a section: set its fields one by one, as --{name}.FIELD VALUE")
             raise ConfigError(f"unknown option --{name}{_nearest(plain, keys)}")
@@ -363,6 +365,18 @@ def _check_keys(tree: Mapping[str, Any], cls: type, where: str, prefix: str = ""
                 if isinstance(item, Mapping):
                     inside = f"{prefix}{key}.{number}." if isinstance(value, list) else f"{prefix}{key}."
                     _check_keys(item, nested, where, inside)
+
+
+def _is_option(name: str, keys: Mapping[str, Any]) -> bool:
+    plain = name.removesuffix("+")
+    return name in ("config", "print_config") or plain in keys or _inside_mapping(plain, keys)
+
+
+def _with_underscores(name: str, keys: Mapping[str, Any]) -> str:
+    """The option that is meant by a name with hyphens in place of underscores; a key of a mapping keeps its own."""
+    parent, dot, last = name.rpartition(".")
+    spellings = (name, parent.replace("-", "_") + dot + last, name.replace("-", "_"))
+    return next((spelling for spelling in spellings if _is_option(spelling, keys)), name)
 
 
 def _inside_mapping(name: str, keys: Mapping[str, Any]) -> bool:

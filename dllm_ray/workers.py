@@ -8,12 +8,13 @@ workers, so neither do the answers.
 import os
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import torch
@@ -40,6 +41,16 @@ from dllm_ray.sampling.sampler import Sampler, row_seeds
 
 _MAX_LOSSES = 3  # lost workers in a row, without a finished piece of work between them, before the pool gives up
 _LOST = (RayActorError, NodeDiedError, ObjectLostError, OutOfMemoryError)  # the worker, its node, or what it returned
+
+
+class Call(NamedTuple):
+    """A piece of work for a worker."""
+
+    name: Any
+    """Tells it apart from others."""
+    function: Callable[..., Any]
+    """Called as `function(lm, *arguments)`."""
+    arguments: tuple
 
 
 @dataclass(frozen=True)
@@ -108,35 +119,70 @@ class ModelPool:
             DllmRayError: what a worker met, e.g. a prompt that doesn't fit the context.
             ResourceError: workers keep dying.
         """
-        todo = list(reversed(range(len(work))))  # taken from the end
+        todo = deque(Call(index, function, arguments) for index, arguments in enumerate(work))
+        for call, outcome in self.serve(lambda: todo.popleft() if todo else None):
+            if isinstance(outcome, Exception):
+                raise outcome
+            yield call.name, *outcome
+
+    def serve(
+        self, take: Callable[[], Call | None], more: Callable[[], bool] = lambda: False, every_s: float | None = None
+    ) -> Iterator[tuple[Call, tuple[Any, float] | Exception]]:
+        """Makes calls on workers as they get idle, as long as there are any.
+
+        Args:
+            take: gives the next call; None: there is none now.
+            more: whether there may be further calls although `take` has none now.
+            every_s: how often `take` is asked while all that was taken is under way; None: when a call has finished.
+
+        Yields:
+            Each call as it finishes, with what it returned and the seconds it took the worker, or what it raised.
+
+        Raises:
+            ResourceError: workers keep dying.
+        """
+        following: list[Call] = []  # taken and not handed out: the next one, and those of lost workers
         away = set(self._loading.values())
         idle = [number for number in reversed(range(self.workers)) if number not in away]
-        under_way: dict[ray.ObjectRef, tuple[int, int]] = {}
+        under_way: dict[ray.ObjectRef, tuple[int, Call]] = {}
 
         def hand_out() -> None:
-            while idle and todo:
-                number, index = idle.pop(), todo.pop()
-                under_way[self._actors[number].call.remote(function, *work[index])] = (number, index)
+            while following or (call := take()) is not None:
+                if not following:
+                    following.append(call)
+                if not idle:
+                    return
+                number, call = idle.pop(), following.pop()
+                under_way[self._actors[number].call.remote(call.function, *call.arguments)] = (number, call)
 
-        while todo or under_way:
+        while True:
             hand_out()
-            (call,), _ = ray.wait([*under_way, *self._loading])
-            if call in self._loading:
-                number = self._loading[call]
-                if self._loaded(call):
-                    idle.append(number)
+            if not under_way and not following and not more():
+                return
+            waited_for = [*under_way, *self._loading]
+            if not waited_for:
+                time.sleep(every_s or 0)
                 continue
-            number, index = under_way.pop(call)
-            try:
-                result, seconds = _result(call)
-            except _LOST as error:
-                todo.append(index)
-                self._lost(number, error)
-                continue
-            self._losses = 0
-            idle.append(number)
-            hand_out()  # before the caller takes its time with the result
-            yield index, result, seconds
+            done, _ = ray.wait(waited_for, timeout=every_s)
+            for ref in done:
+                if ref in self._loading:
+                    number = self._loading[ref]
+                    if self._loaded(ref):
+                        idle.append(number)
+                    continue
+                number, call = under_way.pop(ref)
+                try:
+                    outcome = result_of(ref)
+                except _LOST as error:
+                    following.append(call)
+                    self._lost(number, error)
+                    continue
+                except Exception as error:
+                    outcome = error
+                self._losses = 0
+                idle.append(number)
+                hand_out()  # before the caller takes its time with the result
+                yield call, outcome
 
     def slices(
         self,
@@ -237,7 +283,7 @@ class ModelPool:
         """Takes note that a worker has loaded its model; one that was lost on the way is replaced."""
         number = self._loading.pop(call)
         try:
-            _result(call)
+            result_of(call)
         except _LOST as error:
             self._lost(number, error)
             return False
@@ -256,8 +302,8 @@ class ModelPool:
         self._start(number)
 
 
-def _result(call: ray.ObjectRef):
-    """What a worker returned; a user error it met is raised as itself, without Ray's story around it."""
+def result_of(call: ray.ObjectRef) -> Any:
+    """What an actor's method returned; a user error it met is raised as itself, without Ray's story around it."""
     try:
         return ray.get(call)
     except RayTaskError as error:

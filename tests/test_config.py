@@ -57,6 +57,28 @@ class Job:
             raise ConfigError("fancy needs a rate", "part.rate")
 
 
+@dataclass
+class DeepPart:
+    row_count: int = 8
+    """How many."""
+    row_names: list[str] = field(default_factory=lambda: ["a"])
+    """Which."""
+    data_files: dict[str, str] = field(default_factory=dict)
+    """From where."""
+
+
+@dataclass
+class Hyphens:
+    """Settings of several words."""
+
+    dry_run: bool = False
+    """Do nothing."""
+    data_files: dict[str, str] = field(default_factory=dict)
+    """From where."""
+    deep_part: DeepPart = field(default_factory=DeepPart)
+    """A part."""
+
+
 def read(*argv: str) -> Job:
     return parse(Job, list(argv), "job", "A job.")
 
@@ -128,6 +150,28 @@ def test_an_option_inside_a_mapping_keeps_the_other_keys(write):
     assert read("--config", path, "--part.names.b", "z").part.names == {"a": "x", "b": "z"}
 
 
+@pytest.mark.parametrize("word", ["--dry-run", "--dry_run"])
+def test_hyphens_in_an_option_may_stand_for_underscores(word):
+    assert parse(Hyphens, [word], "job", "A job.").dry_run is True
+
+
+def test_hyphens_in_the_name_of_a_nested_option_may_stand_for_underscores():
+    job = parse(Hyphens, ["--deep-part.row-count", "3", "--deep-part.row-names+=b"], "job", "A job.")
+    assert (job.deep_part.row_count, job.deep_part.row_names) == (3, ["a", "b"])
+
+
+def test_hyphens_in_a_key_of_a_mapping_stay(write):
+    job = parse(Hyphens, ["--deep-part.data-files.my-task", "x", "--data_files.a-b", "y"], "job", "A job.")
+    assert (job.deep_part.data_files, job.data_files) == ({"my-task": "x"}, {"a-b": "y"})
+
+
+def test_settings_are_printed_by_the_name_with_hyphens_too(capsys):
+    with pytest.raises(SystemExit) as stop:
+        read("--print-config", "--seed", "3")
+    assert stop.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["seed"] == 3
+
+
 def test_text_stays_text_whatever_it_looks_like():
     assert [read("--title", text).title for text in ("2024", "true", "[a]", "1e3")] == ["2024", "true", "[a]", "1e3"]
 
@@ -139,6 +183,7 @@ def test_text_stays_text_whatever_it_looks_like():
     ("argv", "said"),
     [
         (("--part.row", "3"), "unknown option --part.row; did you mean part.rows?"),
+        (("--part.ro-ws", "3"), "unknown option --part.ro-ws; did you mean part.rows?"),
         (("--prat.rows", "3"), "unknown option --prat.rows; did you mean part.rows?"),
         (("--rows", "3"), "did you mean part.rows?"),
         (("--zzzzz", "3"), "--help lists every setting"),

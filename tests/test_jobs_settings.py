@@ -12,12 +12,15 @@ from dllm_ray.cli import run_job
 from dllm_ray.config import leaf_types, parse
 
 ROOT = Path(__file__).resolve().parents[1]
-SFT, PRETRAIN, SAMPLE, CHAT, EVALUATE, COMPARE, CONVERT, BENCHMARK, SAMPLE_BENCHMARK, LIKELIHOOD_BENCHMARK = jobs = (
+SFT, PRETRAIN, SAMPLE, CHAT, EVALUATE, SWEEP, COMPARE, CONVERT, BENCHMARK, SAMPLE_BENCHMARK, LIKELIHOOD_BENCHMARK = (
+    jobs
+) = (
     ("sft", "SFTJob"),
     ("pretrain", "PretrainJob"),
     ("sample", "SampleJob"),
     ("chat", "ChatJob"),
     ("evaluate", "EvaluateJob"),
+    ("sweep", "SweepJob"),
     ("compare", "CompareJob"),
     ("convert", "ConvertJob"),
     ("benchmark", "TrainBenchmark"),
@@ -30,6 +33,7 @@ SMALLEST = {
     SAMPLE: ["--model.path", "m", "--prompt", "hi"],
     CHAT: ["--model.path", "m"],
     EVALUATE: ["--model.path", "m"],
+    SWEEP: ["--model.path", "m"],
     COMPARE: ["--tracking.uri", "sqlite:///x.db"],
     CONVERT: ["--model.path", "m", "--output_dir", "out"],
     BENCHMARK: [],
@@ -39,7 +43,9 @@ SMALLEST = {
 """The options without which a job can't know what to do."""
 OF_FILE = {"benchmark/sample.yaml": SAMPLE_BENCHMARK, "benchmark/likelihood.yaml": LIKELIHOOD_BENCHMARK}
 """The jobs of settings files that aren't the first job of their folder's name."""
-NEEDS = {name: ["--data.path", "x"] for name in ("gsm8k_tiny.yaml", "gsm8k.yaml", "tiny.yaml")}
+NEEDS = {name: ["--data.path", "x"] for name in ("gsm8k_tiny.yaml", "gsm8k.yaml", "tiny.yaml")} | {
+    name: ["--model.path", "m"] for name in ("parallelism.yaml", "eos.yaml")
+}
 """The options that a settings file leaves to the user."""
 
 

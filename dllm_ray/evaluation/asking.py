@@ -75,13 +75,16 @@ class Asker:
             ask.sampler.seed,
         )
 
-    def ask(self, ask: Ask, pool: Pool, cache: str) -> tuple[dict[str, Any], dict[str, float]]:
+    def ask(
+        self, ask: Ask, pool: Pool, cache: str, documents: range | None = None
+    ) -> tuple[dict[str, Any], dict[str, float]]:
         """lm-eval's results, and figures of the sampler and the pool.
 
         Args:
             ask: what to ask.
             pool: answers.
             cache: folder or URI of finished answers.
+            documents: places of the documents of each task that are asked, in place of the first `evaluate.limit`.
 
         Raises:
             DllmRayError: a task can't be run, or a worker met an error.
@@ -92,7 +95,7 @@ class Asker:
         answerer = PooledAnswers(pool, ask.sampler, ask.likelihood, size, kept, progress.update)
         harness = self.harness(ask, answerer)
         try:
-            results = evaluate(harness, ask.evaluate, self._seed)
+            results = evaluate(harness, ask.evaluate, self._seed, documents)
         finally:
             progress.close()
         if harness.truncated:

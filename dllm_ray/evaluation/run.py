@@ -69,13 +69,45 @@ def check_data(config: EvaluateConfig) -> None:
     _load(config, _index(config))
 
 
-def evaluate(model, config: EvaluateConfig, seed: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Loaded:
+    """A task with its data, as lm-eval knows it."""
+
+    name: str
+    documents: int
+    metrics: Mapping[str, Any]
+    """Metric -> how its values over documents become one."""
+    higher_is_better: Mapping[str, bool]
+    filters: Sequence[str]
+    """Names of the ways in which answers are read; each metric has a value for each."""
+
+
+def look_up(config: EvaluateConfig) -> list[Loaded]:
+    """The tasks that are asked, groups by their members.
+
+    Raises:
+        EvaluationError, DataError: as `check_data`.
+    """
+    return [
+        Loaded(
+            task.task_name,
+            len(task.eval_docs),
+            task.aggregation(),
+            task.higher_is_better(),
+            [entry["name"] for entry in task.config.filter_list or [{"name": "none"}]],
+        )
+        for task in _members_of(_load(config, _index(config)))
+    ]
+
+
+def evaluate(model, config: EvaluateConfig, seed: int, documents: range | None = None) -> dict[str, Any]:
     """Runs the tasks.
 
     Args:
         model: lm-eval's `LM` that answers the requests.
         config: what to ask.
         seed: seeds the choice of few-shot examples.
+        documents: places of the documents of each task that are asked, in place of the first `limit`.
 
     Returns:
         lm-eval's own result: `results`, `configs`, `n-samples`, `samples`, ...
@@ -87,11 +119,19 @@ def evaluate(model, config: EvaluateConfig, seed: int) -> dict[str, Any]:
 
     index = _index(config)
     _check_programs(config, index, "evaluate")
+    loaded = _load(config, index)
+    chosen = None
+    if documents is not None:
+        chosen = {
+            task.task_name: [place for place in documents if place < len(task.eval_docs)]
+            for task in _members_of(loaded)
+        }
     return simple_evaluate(
         model=model,
-        tasks=_load(config, index),
+        tasks=loaded,
         task_manager=_manager(config.include_path, index.complete),
-        limit=config.limit,
+        limit=config.limit if chosen is None else None,
+        samples=chosen,
         num_fewshot=config.num_fewshot,
         apply_chat_template=config.chat_template,
         fewshot_as_multiturn=config.fewshot_as_multiturn,
@@ -131,12 +171,8 @@ def requests(model, config: EvaluateConfig, seed: int, count: Callable[[str], in
     Raises:
         EvaluationError: as `evaluate`.
     """
-    from lm_eval.api.task import Task
-
-    index = _index(config)
     found = []
-    loaded = _load(config, index)
-    for task in [task for item in loaded for task in ([item] if isinstance(item, Task) else item.get_all_tasks())]:
+    for task in _members_of(_load(config, _index(config))):
         if config.num_fewshot is not None and task.get_config("num_fewshot") != 0:  # lm-eval's own rule
             task.set_config("num_fewshot", config.num_fewshot)
         task.set_fewshot_seed(seed)
@@ -327,6 +363,13 @@ def _members(loaded: Mapping[str, Any], name: str) -> list[Any]:
     """What lm-eval loaded under one name: the group, or the tasks."""
     group = loaded["groups"].get(name)
     return [group] if group is not None else list(loaded["tasks"].values())
+
+
+def _members_of(loaded: Sequence[Any]) -> list[Any]:
+    """The tasks, in place of the groups that hold them."""
+    from lm_eval.api.task import Task
+
+    return [task for item in loaded for task in ([item] if isinstance(item, Task) else item.get_all_tasks())]
 
 
 def _over_files(manager, task: str, tree: Mapping[str, Any], file: str) -> Any:

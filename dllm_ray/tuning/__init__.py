@@ -1,0 +1,1 @@
+"""Sweeps over sampler settings: which settings are tried, who wins, and what speed costs."""

@@ -1,0 +1,66 @@
+"""Asynchronous successive halving over documents (ASHA, arXiv 1810.05934), which remembers its rungs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ray.tune.schedulers import AsyncHyperBandScheduler
+
+
+class DocumentHalving(AsyncHyperBandScheduler):
+    """Drops settings whose score is not among the best of those that have answered as many documents.
+
+    Ray restores trials after a kill, but not what schedulers know. So rungs are kept in a file, and a sweep that goes
+    on drops settings as it would have done.
+
+    Args:
+        file: for the rungs; gone on with when it is there.
+        first: documents before a setting may be dropped.
+        reduction: one of so many settings goes on, with so many times the documents.
+        documents: of the whole search.
+    """
+
+    def __init__(self, file: str, first: int, reduction: int, documents: int):
+        super().__init__(
+            time_attr="documents",
+            metric="score",
+            mode="max",
+            max_t=documents,
+            grace_period=first,
+            reduction_factor=reduction,
+        )
+        self._file = Path(file)
+        self._is_read = False
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Whether the trial goes on."""
+        if not self._is_read:
+            self._read()
+        decision = super().on_trial_result(tune_controller, trial, result)
+        self._write()
+        return decision
+
+    def _read(self) -> None:
+        self._is_read = True
+        if self._file.is_file():
+            for (_, recorded), known in zip(self._rungs, json.loads(self._file.read_text()), strict=True):
+                recorded.update(known)
+
+    def _write(self) -> None:
+        unfinished = self._file.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps([recorded for _, recorded in self._rungs]))
+        unfinished.replace(self._file)
+
+    @property
+    def _rungs(self) -> list[tuple[float, dict[str, float]]]:
+        (bracket,) = self._brackets
+        return bracket._rungs
+
+
+def rungs(first: int, reduction: int, documents: int) -> list[int]:
+    """Documents after which settings are looked at, the last being all."""
+    found = []
+    while first < documents:
+        found.append(first)
+        first *= reduction
+    return [*found, documents]

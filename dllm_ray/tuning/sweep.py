@@ -1,0 +1,266 @@
+"""A sweep from the first question to what it found: workers, the official setting, the search, held-out documents."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from dllm_ray import cluster
+from dllm_ray.answers import changes
+from dllm_ray.config import to_dict
+from dllm_ray.errors import EvaluationError, OutputError
+from dllm_ray.evaluation.suite import Ask
+from dllm_ray.models.config import ModelConfig
+from dllm_ray.output import complete_file
+from dllm_ray.tuning import published, results
+from dllm_ray.tuning.answered import Answered
+from dllm_ray.tuning.config import SweepConfig
+from dllm_ray.tuning.judge import Budget, Judge
+from dllm_ray.tuning.plan import Plan
+from dllm_ray.tuning.results import Findings
+from dllm_ray.tuning.search import Search, Told
+from dllm_ray.tuning.space import Candidate
+from dllm_ray.tuning.trial import JUDGE
+from dllm_ray.tuning.tried import Tried
+from dllm_ray.workers import result_of
+
+_LATER = ("max_minutes", "max_documents", "concurrent", "background", "confirm", "confidence", "tolerance")
+"""Settings of a sweep that may change when it goes on."""
+
+
+@dataclass(frozen=True)
+class Took:
+    """What a search took."""
+
+    trials: int
+    asked: int
+    """Documents answered, those from disk not counted."""
+    seconds: float
+    busy_s: float
+    """Workers' time for answers, divided by the workers."""
+
+    @property
+    def overhead_s(self) -> float:
+        """Seconds of each trial in which workers could have answered."""
+        return (self.seconds - self.busy_s) / max(self.trials, 1)
+
+
+class State:
+    """How far the sweep in a folder has come.
+
+    Args:
+        folder: of the sweep.
+        key: all that trials depend on, as plain values.
+        fresh: begin anew.
+
+    Raises:
+        OutputError: the folder holds a sweep with another key.
+    """
+
+    def __init__(self, folder: Path, key: Mapping[str, Any], fresh: bool):
+        self._file = folder / "state.json"
+        self._tree: dict[str, Any] = {}
+        key = json.loads(json.dumps(key))
+        with suppress(OSError, ValueError):
+            self._tree = {} if fresh else json.loads(self._file.read_text(encoding="utf-8"))
+        changed = changes(self._tree.get("key", key), key)
+        if changed:
+            raise OutputError(
+                f"{folder} holds a sweep with other settings: {'; '.join(changed)}. Name another output_dir, or say "
+                "--fresh to begin anew; answers on disk are kept"
+            )
+        self.goes_on = bool(self._tree) and not self._tree.get("spent")
+        """Whether a search was broken off, or is done. What ran out of budget is begun anew: answers are on disk."""
+        if not self.goes_on:
+            for name in ("settings", "tune"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+            self._tree = {"key": key}
+        self.note()
+
+    @property
+    def run_id(self) -> str | None:
+        """Of the sweep's MLflow run."""
+        return self._tree.get("run_id")
+
+    def note(self, **facts: Any) -> None:
+        """Keeps facts."""
+        self._tree |= facts
+        with complete_file(self._file) as file:
+            json.dump(self._tree, file, indent=2)
+
+
+def state_key(model: Mapping[str, Any], config: SweepConfig, ask: Ask, seed: int) -> dict[str, Any]:
+    """All that the trials of a sweep depend on.
+
+    Args:
+        model: of `answers.model_key`.
+        config: of the sweep.
+        ask: what is asked.
+        seed: of requests and settings.
+    """
+    kept = {f"sweep.{name}": value for name, value in to_dict(config).items() if name not in _LATER}
+    asked = {f"evaluate.{name}": value for name, value in ask.settings().items() if name not in ("sampler", "name")}
+    sampler = {f"sampler.{name}": value for name, value in to_dict(ask.sampler).items()}
+    return {**model, **kept, **asked, **sampler, "seed": seed}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A planned sweep.
+
+    Args:
+        model: the model.
+        ask: the task, and the settings that the sweep begins with.
+        config: of the sweep.
+        plan: worked out.
+        score: metric and filter that settings are compared by.
+        seed: of requests, few-shot examples and searchers.
+        folder: exists.
+        cache: folder or URI of finished answers.
+    """
+
+    model: ModelConfig
+    ask: Ask
+    config: SweepConfig
+    plan: Plan
+    score: tuple[str, str]
+    seed: int
+    folder: Path
+    cache: str
+
+    def run(
+        self,
+        facts: Mapping[str, Any],
+        state: State,
+        begin: Callable[[Tried], None],
+        listen: Callable[[Told, Answered | None], None],
+    ) -> tuple[Findings, Took, list[Told]]:
+        """Runs it.
+
+        Args:
+            facts: of the machine, for results.
+            state: of the sweep's folder.
+            begin: is told what the official setting gave, before the search.
+            listen: is told of trials' results.
+
+        Returns:
+            What was found; what the search took; the trials that failed.
+
+        Raises:
+            EvaluationError: the budget was spent before any setting had answered.
+            DllmRayError: what the official setting met.
+        """
+        until = None if self.config.max_minutes is None else time.time() + 60 * self.config.max_minutes
+        with self._judge(Budget(until, self.config.max_documents), facts) as (judge, concurrent):
+            official = self._ask(judge, self.plan.official, self.plan.search, "settings")
+            if official is None:
+                raise EvaluationError(
+                    "the budget was spent before the official setting had answered: raise sweep.max_minutes"
+                )
+            begin(official)
+            search = Search(
+                self.config, self.plan.space, self.plan.candidates, len(self.plan.search), self.seed, self.folder,
+                concurrent,
+            )  # fmt: skip
+            before, began = ray.get(judge.work.remote()), time.monotonic()
+            told = search.run(lambda one: listen(one, Answered.read(one.folder)), state.goes_on)
+            seconds, after = time.monotonic() - began, ray.get(judge.work.remote())
+            took = Took(len(told), after[0] - before[0], seconds, after[1] - before[1])
+            state.note(spent=any(one.result.get("ended") == "budget" for one in told))
+            tried = _distinct([official, *filter(None, map(_tried, told))])
+            found = results.find(tried, official.name, self.config, self._published_best())
+            held_out = self._confirm(judge, found)
+        if held_out:
+            found = replace(found, held_out=results.confirmed(held_out, official.name, self.config.confidence))
+        return found, took, [one for one in told if one.error is not None]
+
+    def _confirm(self, judge: Any, found: Findings) -> dict[str, Tried]:
+        """The chosen settings on held-out documents; empty without any, or without the time for the official one."""
+        if not self.plan.held_out:
+            return {}
+        chosen = found.chosen(self.config.confirm)
+        settings = [Candidate(name, dict(found.named(name).changes), found.named(name).sampler) for name in chosen]
+        calls = [self._call(judge, one, self.plan.held_out, "held_out") for one in settings]
+        answers = {
+            one.name: _as_tried(one, answered, True)
+            for one, call in zip(settings, calls, strict=True)
+            if (answered := result_of(call)) is not None
+        }
+        return answers if found.official in answers else {}
+
+    def _ask(self, judge: Any, candidate: Candidate, documents: range, where: str) -> Tried | None:
+        answered = result_of(self._call(judge, candidate, documents, where))
+        return None if answered is None else _as_tried(candidate, answered, True)
+
+    def _call(self, judge: Any, candidate: Candidate, documents: range, where: str) -> Any:
+        from dllm_ray.tuning.search import setting_folder
+
+        sampler = candidate.sampler if isinstance(candidate.sampler, Mapping) else to_dict(candidate.sampler)
+        folder = setting_folder(self.folder / where, candidate.name)
+        return judge.answer.remote(sampler, documents, str(folder), candidate.name)
+
+    def _published_best(self) -> float | None:
+        if self.config.background is None:
+            return None
+        return max(score for points in published.curves(self.config.background).values() for _, score in points)
+
+    @contextmanager
+    def _judge(self, budget: Budget, facts: Mapping[str, Any]) -> Iterator[tuple[Any, int]]:
+        """The judge with its workers, and how many settings it is asked at a time."""
+        config = self.ask.evaluate
+        with cluster.connect(config.workers or 2):
+            shares = cluster.shares(config.workers, config.cpus_per_worker, config.gpus_per_worker, "evaluate.")
+            concurrent = self.plan.concurrent(self.config, shares.workers, config.batch_size)
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+            judge = (
+                ray.remote(Judge)
+                .options(name=JUDGE, num_cpus=0, max_concurrency=concurrent + 2, scheduling_strategy=here)
+                .remote(
+                    self.model,
+                    shares,
+                    config.threads_per_worker,
+                    self.ask,
+                    self.seed,
+                    self.cache,
+                    self.score,
+                    budget,
+                    facts,
+                )
+            )
+            try:
+                yield judge, concurrent
+            finally:
+                ray.kill(judge)  # and with it its workers
+
+
+def _tried(told: Told) -> Tried | None:
+    answered = Answered.read(told.folder)
+    if answered is None or told.error is not None:
+        return None
+    return _as_tried(told, answered, told.result.get("ended") == "complete")
+
+
+def _as_tried(setting: Candidate | Told, answered: Answered, complete: bool) -> Tried:
+    sampler = setting.sampler if isinstance(setting.sampler, Mapping) else to_dict(setting.sampler)
+    return Tried(
+        name=setting.name,
+        changes=setting.changes,
+        sampler=sampler,
+        scores=answered.scores,
+        tpf=answered.tpf,
+        tokens_per_s=answered.tokens_per_s,
+        nfe=answered.nfe,
+        complete=complete,
+    )
+
+
+def _distinct(tried: Sequence[Tried]) -> list[Tried]:
+    """One of each name; the official setting may be among the trials."""
+    return list({one.name: one for one in tried}.values())
