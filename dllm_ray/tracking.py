@@ -99,6 +99,21 @@ class Run:
         self._client.set_terminated(run_id, "FINISHED")
         return run_id
 
+    def children(self) -> dict[str, str]:
+        """Name -> id of the finished runs below this one; what a kill left unfinished is deleted."""
+        experiment = self._client.get_run(self.run_id).info.experiment_id
+        found, page = {}, None
+        while page != "":
+            query = f"tags.`mlflow.parentRunId` = '{self.run_id}'"
+            some = self._client.search_runs([experiment], query, max_results=1000, page_token=page)
+            page = some.token or ""
+            for run in some:
+                if run.info.status == "FINISHED":
+                    found[run.info.run_name] = run.info.run_id
+                else:
+                    self._client.delete_run(run.info.run_id)
+        return found
+
 
 @dataclass(frozen=True)
 class Recorded:

@@ -123,7 +123,7 @@ def _run(job: SweepJob, ask: Ask, planned, score: tuple[str, str]) -> None:
     sweep = Sweep(job.model, ask, job.sweep, planned, score, job.seed, output_dir, cache)
     with tracking.start("sweep", to_dict(job), output_dir, store, tags, resume=state.run_id, parent=parent) as run:
         state.note(run_id=run.run_id)
-        children = record.Children(run, output_dir)
+        children = record.Children(run)
         with Watch(planned.trials, planned.asked) as watch:
 
             def listen(told, answered) -> None:

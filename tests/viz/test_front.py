@@ -265,6 +265,13 @@ def test_points_stand_where_their_figures_are_and_the_axis_can_be_switched(opene
             assert (b - a) / (c - a) == pytest.approx((y - x) / (z - x), abs=0.01)
 
     across("tpf")
+    # and they agree with the ticks
+    ticks = window.evaluate("""[...document.querySelectorAll("#svg .tick[text-anchor=end]")]
+        .map(tick => [Number(tick.textContent), Number(tick.getAttribute("y")) - 4]).filter(([value]) => value)""")
+    (low, at_low), (high, at_high) = ticks[0], ticks[-1]
+    top = window.locator("#svg").bounding_box()["y"]
+    expected = at_low + (at_high - at_low) * (90 - low) / (high - low)
+    assert centre(window, SLOW.name)[1] - top == pytest.approx(expected, abs=1)
     assert window.locator(".curve").count() == 3  # one of them in the legend
     window.check("[value=tokens_per_s]")
     across("tokens_per_s")
@@ -300,6 +307,17 @@ def test_mouse_and_keys_tell_all_about_a_point(opened):
     window.keyboard.press("ArrowDown")
     assert window.text_content("#info b").endswith(MIDDLE.name)
     assert window.locator('#svg [tabindex="0"]').count() == 1
+
+
+@needs_browser
+def test_a_window_that_changes_its_size_keeps_what_is_read(opened):
+    window = opened(made())
+    window.focus('#svg .mark[tabindex="0"]')
+    window.keyboard.press("End")
+    window.set_viewport_size({"width": 500, "height": 900})
+    window.wait_for_function("document.getElementById('svg').viewBox.baseVal.width < 500")
+    assert window.evaluate("document.activeElement.getAttribute('aria-label')").startswith(FAST.name)
+    assert window.locator("#svg .chosen").count() == 1
 
 
 @needs_browser
