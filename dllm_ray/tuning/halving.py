@@ -10,8 +10,9 @@ from ray.tune.schedulers import AsyncHyperBandScheduler
 class DocumentHalving(AsyncHyperBandScheduler):
     """Drops settings whose score is not among the best of those that have answered as many documents.
 
-    Ray restores trials after a kill, but not what schedulers know. So rungs are kept in a file, and a sweep that goes
-    on drops settings as it would have done.
+    Ray restores trials after a kill, but not what schedulers know. So rungs and decisions are kept in a file, and a
+    sweep that goes on drops settings as it would have done. A trial that begins again reports what it had reported
+    before the kill, and is told the same.
 
     Args:
         file: for the rungs; gone on with when it is there.
@@ -31,24 +32,39 @@ class DocumentHalving(AsyncHyperBandScheduler):
         )
         self._file = Path(file)
         self._is_read = False
+        self._decided: dict[str, dict[str, str]] = {}  # trial -> documents -> whether it goes on
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Whether the trial goes on."""
         if not self._is_read:
             self._read()
-        decision = super().on_trial_result(tune_controller, trial, result)
+        decided, documents = self._decided.setdefault(trial.trial_id, {}), str(result["documents"])
+        if documents not in decided:
+            decided[documents] = super().on_trial_result(tune_controller, trial, result)
+            self._write()
+        return decided[documents]
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Forgets a trial that failed: the sweep may try its setting again, as another trial."""
+        if not self._is_read:
+            self._read()
+        self._decided.pop(trial.trial_id, None)
+        for _, recorded in self._rungs:
+            recorded.pop(trial.trial_id, None)
         self._write()
-        return decision
 
     def _read(self) -> None:
         self._is_read = True
         if self._file.is_file():
-            for (_, recorded), known in zip(self._rungs, json.loads(self._file.read_text()), strict=True):
-                recorded.update(known)
+            known = json.loads(self._file.read_text(encoding="utf-8"))
+            self._decided = known["decided"]
+            for (_, recorded), before in zip(self._rungs, known["rungs"], strict=True):
+                recorded.update(before)
 
     def _write(self) -> None:
+        known = {"rungs": [recorded for _, recorded in self._rungs], "decided": self._decided}
         unfinished = self._file.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps([recorded for _, recorded in self._rungs]))
+        unfinished.write_text(json.dumps(known), encoding="utf-8")
         unfinished.replace(self._file)
 
     @property

@@ -85,13 +85,13 @@ def plan(config: SweepConfig, tasks: Sequence[Loaded], base: SamplerConfig, limi
 
 def rows(plan: Plan, config: SweepConfig, tasks: Sequence[Loaded]) -> list[dict[str, Any]]:
     """A plan as rows of a table."""
-    each = len(tasks) * len(plan.search)
+    each, held_out = len(tasks) * len(plan.search), len(tasks) * len(plan.held_out)
     at_most = (plan.trials + (plan.official.name == "official")) * each
     return [
         {"what": "settings", "number": f"{plan.trials}, by {config.searcher}{' with asha' if config.asha else ''}"},
         {"what": "documents of the search", "number": _places(plan.search, tasks)},
         {"what": "held-out documents", "number": _places(plan.held_out, tasks)},
-        {"what": "answers at most", "number": f"{at_most:,} and {config.confirm + 1} x {len(plan.held_out)} held out"},
+        {"what": "answers at most", "number": f"{at_most:,} and {config.confirm + 1} x {held_out:,} held out"},
         {"what": "combinations that can't be", "number": str(len(plan.space.impossible))},
     ]
 

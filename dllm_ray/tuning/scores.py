@@ -1,8 +1,11 @@
 """The score of each document, out of lm-eval's results: what settings are compared by."""
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from dllm_ray.errors import ConfigError, EvaluationError
 from dllm_ray.evaluation.run import Loaded
@@ -24,10 +27,11 @@ def choose(tasks: Sequence[Loaded], metric: str | None) -> tuple[str, str]:
     from lm_eval.api.metrics import mean
 
     name, _, way = (metric or next(iter(tasks[0].metrics))).replace(",", ".", 1).partition(".")
+    way = way or tasks[0].filters[0]
     for task in tasks:
         if name not in task.metrics:
             raise ConfigError(f"task {task.name} has no metric {name!r}, but {', '.join(task.metrics)}", _FIELD)
-        if way and way not in task.filters:
+        if way not in task.filters:
             raise ConfigError(f"task {task.name} has no filter {way!r}, but {', '.join(task.filters)}", _FIELD)
         if task.metrics[name] is not mean:
             known = [other for other, how in task.metrics.items() if how is mean]
@@ -40,7 +44,7 @@ def choose(tasks: Sequence[Loaded], metric: str | None) -> tuple[str, str]:
             raise ConfigError(
                 f"less of {name} of task {task.name} is better: name one that is better the higher", _FIELD
             )
-    return name, way or tasks[0].filters[0]
+    return name, way
 
 
 def per_document(results: Mapping[str, Any], metric: str, way: str) -> dict[str, float]:
@@ -51,17 +55,19 @@ def per_document(results: Mapping[str, Any], metric: str, way: str) -> dict[str,
         metric, way: of `choose`.
 
     Raises:
-        EvaluationError: they are no numbers.
+        EvaluationError: they are no numbers, or there are none.
     """
     found = {}
     for task, samples in results["samples"].items():
         for sample in samples:
             if sample["filter"] == way and metric in sample:
                 found[f"{task}/{sample['doc_id']}"] = _number(sample[metric], task, metric)
+    if not found:
+        raise EvaluationError(f"no document has {metric} (filter {way}): ask more documents, or name another metric")
     return dict(sorted(found.items(), key=lambda item: (item[0].rpartition("/")[0], int(item[0].rpartition("/")[2]))))
 
 
 def _number(value: Any, task: str, metric: str) -> float:
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    if not isinstance(value, numbers.Real | np.bool_) or not math.isfinite(value):
         raise EvaluationError(f"task {task} gives {value!r} as a document's {metric}: expected a number")
     return float(value)

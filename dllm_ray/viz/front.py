@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from dllm_ray.viz import points as drawing
 from dllm_ray.viz.points import AXES, Curve, Point, tidy
-from dllm_ray.viz.scores import _table
+from dllm_ray.viz.scores import html_table
 
 _LONGEST_LABEL = 30
 _MOST_BARS = 30  # points beyond which only the front's and the marked ones' error bars are drawn at first
@@ -63,7 +63,7 @@ def page(
     body.append(_noted(points, confidence))
     if table:
         rows = [{tidy(column): tidy(text) for column, text in row.items()} for row in table]
-        body += ["<h2>All settings</h2>", _table(rows)]
+        body += ["<h2>All settings</h2>", html_table(rows)]
     if curves:
         body.append(_published(curves))
     text = _PAGE.format(

@@ -53,9 +53,9 @@ def page(
     body = [f"<h1>{html.escape(title)}</h1>"]
     if figures:
         body.append(f'<section aria-label="Plot">{_LEGEND}<div class="plots">{figures}</div></section>')
-    body += ["<h2>Scores</h2>", _table(table), *(f'<p class="soft">{html.escape(note)}</p>' for note in notes)]
+    body += ["<h2>Scores</h2>", html_table(table), *(f'<p class="soft">{html.escape(note)}</p>' for note in notes)]
     if sources:
-        body += ["<h2>Published scores and their sources</h2>", _table(sources)]
+        body += ["<h2>Published scores and their sources</h2>", html_table(sources)]
     text = _PAGE.format(title=html.escape(title), style=_STYLE, body="\n".join(body))
     return text.encode("ascii", "xmlcharrefreplace").decode()
 
@@ -116,7 +116,8 @@ def _said(row: PlotRow) -> str:
     return f"{row.label}: {', '.join(parts)}"
 
 
-def _table(rows: Sequence[Mapping[str, str]]) -> str:
+def html_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows as a table, which becomes cards on a phone; every row has the columns of the first, at least one row."""
     columns = list(rows[0])
     # a column of figures only is set right-aligned
     numeric = {
