@@ -63,20 +63,19 @@ class Findings:
 
     @property
     def is_won(self) -> bool:
-        """Whether the best setting's lead is more than noise."""
-        return not self.tied
+        """Whether the best setting has rivals, and its lead is more than noise."""
+        return not self.tied and len(_rivals(self.tried)) > 1
 
     def named(self, name: str) -> Tried:
         """The setting of a name."""
         return next(one for one in self.tried if one.name == name)
 
     def chosen(self, most: int) -> list[str]:
-        """The settings worth confirming: recommended, best, official, and the front's from its best score on."""
+        """The settings worth confirming: the recommended, the best and the front's from its best score on, as many as
+        `most`; and the official one."""
         rest = sorted(self.fronts["tpf"], key=lambda name: -self.named(name).score)
-        first = [self.recommended, self.best]
-        return [*dict.fromkeys([*first, *rest])][: max(most, 1)] + (
-            [self.official] if self.official not in [*first, *rest][:most] else []
-        )
+        kept = [*dict.fromkeys([self.recommended, self.best, *rest])][:most]
+        return [*dict.fromkeys([*kept, self.official])]
 
 
 def find(tried: Sequence[Tried], official: str, config: SweepConfig, published_best: float | None) -> Findings:
@@ -91,10 +90,7 @@ def find(tried: Sequence[Tried], official: str, config: SweepConfig, published_b
         config: objectives and confidence.
         published_best: highest published accuracy on the task, in percent.
     """
-    rivals = [one for one in tried if one.complete]
-    if not rivals:
-        most = max(len(one.scores) for one in tried)
-        rivals = [one for one in tried if len(one.scores) == most]
+    rivals = _rivals(tried)
     speed = next((name for name in config.objectives if name != "score"), "tpf")
     rivals.sort(key=lambda one: -_gain(one, speed))  # stable; of equal scores the fastest is taken for the best
     scores_SD = statistics.common(rivals)
@@ -145,6 +141,13 @@ def confirmed(held_out: Mapping[str, Tried], official: str, confidence: float) -
         )
         for name, scores, difference in zip(names, scores_SD, against.differences, strict=True)
     )
+
+
+def _rivals(tried: Sequence[Tried]) -> list[Tried]:
+    """Settings that can win."""
+    complete = [one for one in tried if one.complete]
+    most = max(len(one.scores) for one in tried)
+    return complete or [one for one in tried if len(one.scores) == most]
 
 
 def _gain(one: Tried, objective: str) -> float:

@@ -10,11 +10,12 @@ from jobs_testing import TINY, load_job
 
 from dllm_ray.cli import run_job
 
-sft, sample, evaluate = load_job("sft"), load_job("sample"), load_job("evaluate")
+sft, sample, evaluate, sweep = (load_job(name) for name in ("sft", "sample", "evaluate", "sweep"))
 JOBS = {
     "sft": (sft.SFTJob, sft.main),
     "sample": (sample.SampleJob, sample.main),
     "evaluate": (evaluate.EvaluateJob, evaluate.main),
+    "sweep": (sweep.SweepJob, sweep.main),
 }
 
 
@@ -127,6 +128,7 @@ def jobs_on(model: Path, tmp_path: Path) -> dict[str, dict[str, str]]:
         "sft": {"model.path": str(model)},
         "sample": {"model.path": str(model), "prompts": prompts},
         "evaluate": {"model.path": str(model), "sampler.max_new_tokens": "8"},
+        "sweep": {"model.path": str(model), "sampler.max_new_tokens": "8", "sweep.space": "{temperature: [0, 1]}"},
     }
 
 
@@ -165,8 +167,9 @@ def test_a_context_shorter_than_the_rows(fails, tmp_path, model):
     assert "train.max_length: 65 exceeds the model's context of 64" in message
 
 
-def test_an_answer_that_fills_the_context(fails, model):
-    message = fails("evaluate", model__path=model, sampler__max_new_tokens="64")
+@pytest.mark.parametrize("job", ["evaluate", "sweep"])
+def test_an_answer_that_fills_the_context(fails, tmp_path, model, job):
+    message = fails(job, **jobs_on(model, tmp_path)[job] | {"sampler.max_new_tokens": "64"})
     assert "sampler.max_new_tokens: 64 leaves no room for a prompt in the model's context of 64" in message
 
 
@@ -223,6 +226,68 @@ def test_a_variant_with_an_unknown_field(fails, model):
     assert "evaluate.variants: {'stepps': 4}: sampler: unknown key 'stepps'; did you mean steps?" in message
     message = fails("evaluate", model__path=model, evaluate__variants="[{block_size: x}]")
     assert "evaluate.variants: {'block_size': 'x'}: sampler: block_size: expected int or null, got x" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sweep.space": "{}"}, "sweep.space: name at least one field of sampler and its values"),
+        (
+            {"sweep.space": "{temprature: [0, 1]}"},
+            "no field of the sampler is called 'temprature'; the nearest: temper",
+        ),
+        ({"sweep.space": "{temperature: {unifrom: [0, 1]}}"}, "unknown kind 'unifrom'; did you mean uniform?"),
+        ({"sweep.space": "{temperature: {uniform: [0, 1]}}"}, "a grid needs a list of values, not a range"),
+        ({"sweep.space": "{steps: [1, 2], block_size: [1]}"}, "no combination is possible; the first, steps=1,block_"),
+        ({"sweep.metric": "exact_mach"}, "sweep.metric: task digits has no metric 'exact_mach', but exact_match"),
+        ({"sweep.metric": "exact_match,strict"}, "sweep.metric: task digits has no filter 'strict', but none"),
+        ({"sweep.documents": "501"}, "sweep.documents: 501 documents for the search and 0 held-out ones are more than"),
+        ({"sweep.holdout": "500"}, "sweep.holdout: 0 documents for the search and 500 held-out ones are more than"),
+        (
+            {"sweep.documents": "9", "sweep.holdout": "2", "evaluate.limit": "10"},
+            "there are: 10 (of 500, evaluate.limi",
+        ),
+        ({"sweep.asha": "true"}, "sweep.asha: settings are dropped by one number: set objectives to [score]"),
+        (
+            {"sweep.asha": "true", "sweep.objectives": "[score]", "evaluate.limit": "40"},
+            "sweep.first_documents: the first settings are dropped after 32 documents, and the search has only 27",
+        ),
+        ({"sweep.searcher": "nsga2", "sweep.objectives": "[score]"}, "sweep.objectives: nsga2 weighs two objectives"),
+        ({"sweep.searcher": "bayes"}, "sweep.searcher: expected one of 'grid', 'random', 'tpe', 'nsga2', got bayes"),
+        ({"sweep.background": "llada/GSM9K"}, "llada/GSM9K"),
+        ({"line": "gsm8k"}, "line: chooses among the lines of evaluate.suite, and there are none"),
+        (
+            {"line": "gsm9k", "evaluate.suite": "[{task: digits}, {task: gsm8k_file}]"},
+            "line: no line 'gsm9k'; the nearest: gsm8k_file",
+        ),
+        (
+            {"evaluate.suite": "[{task: digits}, {task: digits, name: again}]"},
+            "line: the suite has several lines: name one, e.g. --line gsm8k_cot",
+        ),
+        ({"evaluate.tasks": "[bbh_choice_file]"}, "bbh_choice_file"),
+    ],
+)
+def test_sweeps_that_can_not_be(fails, tmp_path, model, settings, message):
+    assert message in fails("sweep", **jobs_on(model, tmp_path)["sweep"] | settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_in_a_folder_of_another(fails, tmp_path, model):
+    from dllm_ray.answers import model_key
+    from dllm_ray.config import parse
+    from dllm_ray.tuning.sweep import State, state_key
+
+    settings = jobs_on(model, tmp_path)["sweep"]
+    argv = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    job = parse(sweep.SweepJob, argv, "", "")
+    (tmp_path / "out").mkdir()
+    State(tmp_path / "out", state_key(model_key(job.model), job.sweep, job.ask(), job.seed), fresh=False)
+    left = (tmp_path / "out" / "state.json").read_text()
+    for changed in ({"sweep.space": "{temperature: [0, 2]}"}, {"seed": "1"}, {"sampler.eos_penalty": "1.0"}):
+        message = fails("sweep", **settings | changed)
+        assert "holds a sweep with other settings" in message and next(iter(changed)) in message
+        assert "--fresh" in message
+    assert (tmp_path / "out" / "state.json").read_text() == left
 
 
 def test_a_tracking_database_that_is_none(fails, tmp_path, model):
