@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_ray.config import flatten, to_yaml, without_credentials, without_secrets
-from dllm_ray.errors import DllmRayError, OutputError
+from dllm_ray.errors import DllmRayError, ModelError, OutputError, first_line
 
 _PACKAGES = ("dllm-ray", "torch", "transformers", "ray", "datasets", "lm-eval", "mlflow", "numpy", "tokenizers", "peft")
 _SQLITE = "sqlite:///"
@@ -388,3 +388,59 @@ def _git() -> dict[str, str]:
         return {}
     dirty = "yes" if changed.stdout.strip() else "no"
     return {"mlflow.source.git.commit": revision.stdout.strip(), "dllm_ray.git_dirty": dirty}
+
+
+def registered_version(model: str, uri: str | None) -> str:
+    """A model of the registry by its version: `models:/name@alias` becomes `models:/name/3`.
+
+    Args:
+        model: `models:/name/version` or `models:/name@alias`.
+        uri: tracking server or database; None: as MLFLOW_TRACKING_URI says.
+
+    Raises:
+        ModelError: there is no such model, version or alias.
+        OutputError: the store can't be reached.
+    """
+    _, _, rest = model.partition(":/")
+    uri, client = _registry(uri)
+    from mlflow.exceptions import MlflowException
+
+    name, at, alias = rest.partition("@")
+    if not at:
+        name, _, version = rest.rpartition("/")
+        if not (name and version.isdecimal()):
+            raise ModelError(f"expected models:/NAME/VERSION or models:/NAME@ALIAS, got {model!r}")
+    with _patient(uri):
+        try:
+            found = client.get_model_version_by_alias(name, alias) if at else client.get_model_version(name, version)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise ModelError(f"{without_credentials(uri)} has no {model}: {first_line(error)}") from None
+    return f"models:/{name}/{found.version}"
+
+
+def fetch_model(model: str, uri: str | None) -> Path:
+    """A model directory of the registry, on this machine.
+
+    Args:
+        model: `models:/name/version`.
+        uri: tracking server or database; None: as MLFLOW_TRACKING_URI says.
+
+    Raises:
+        OutputError: it can't be fetched.
+    """
+    uri, _ = _registry(uri)
+    from mlflow.artifacts import download_artifacts
+
+    with _patient(uri):
+        return Path(download_artifacts(artifact_uri=model, tracking_uri=uri))
+
+
+def _registry(uri: str | None):
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        raise OutputError("models:/ needs to know where MLflow is: set tracking_uri, or MLFLOW_TRACKING_URI")
+    if uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE)).is_file():
+        raise OutputError(f"{uri}: no such database")
+    return uri, _client(uri)

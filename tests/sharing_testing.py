@@ -1,8 +1,9 @@
 """A pool of workers without Ray."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from queue import SimpleQueue
 from typing import Any
 
 from dllm_ray.errors import ResourceError
@@ -14,10 +15,14 @@ class Death(Exception):
 
 
 class LocalPool:
-    """Stands in for a `ModelPool`: its workers are threads of this process, and a call takes a second, they say."""
+    """Stands in for a `ModelPool`: its workers are threads of this process, each with a model of its own, and a call
+    takes a second, they say."""
 
-    def __init__(self, workers: int = 2, lm: Any = None):
-        self.workers, self._lm = workers, lm
+    def __init__(self, lms: Sequence[Any]):
+        self.workers = len(lms)
+        self._idle = SimpleQueue()
+        for lm in lms:
+            self._idle.put(lm)
 
     def serve(
         self, take: Callable[[], Call | None], more: Callable[[], bool] = lambda: False, every_s: float | None = None
@@ -33,7 +38,7 @@ class LocalPool:
                     if len(under_way) == self.workers:
                         break
                     call = following.pop()
-                    under_way[threads.submit(call.function, self._lm, *call.arguments)] = call
+                    under_way[threads.submit(self._call, call)] = call
                 if not under_way and not following and not more():
                     return
                 if not under_way:
@@ -56,3 +61,10 @@ class LocalPool:
 
     def close(self) -> None:
         """There is nothing to end."""
+
+    def _call(self, call: Call) -> Any:
+        lm = self._idle.get()
+        try:
+            return call.function(lm, *call.arguments)
+        finally:
+            self._idle.put(lm)

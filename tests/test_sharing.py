@@ -47,7 +47,7 @@ def share():
     opened = []
 
     def make(workers):
-        opened.append(SharedPool(LocalPool(workers)))
+        opened.append(SharedPool(LocalPool([None] * workers)))
         return opened[-1]
 
     yield make
@@ -174,7 +174,7 @@ def test_callers_who_wait_when_the_pool_is_closed_get_an_error(share, callers):
 
 
 def test_the_pool_is_the_callers_again_after_closing():
-    workers = LocalPool(1)
+    workers = LocalPool([None])
     SharedPool(workers).close()
     assert list(workers.run(lambda _lm, x: x, [(1,), (2,)])) == [(0, 1, 1.0), (1, 2, 1.0)]
 
@@ -182,7 +182,7 @@ def test_the_pool_is_the_callers_again_after_closing():
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=6), st.integers(1, 3))
 @settings(max_examples=30)
 def test_everybody_gets_his_own_and_each_piece_once(pieces, workers):
-    pool = SharedPool(LocalPool(workers))
+    pool = SharedPool(LocalPool([None] * workers))
     done = []
 
     def note(_lm, caller, index):

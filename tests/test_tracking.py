@@ -114,6 +114,28 @@ def test_a_child_names_its_parent_and_a_stranger_does_not(store):
     assert "mlflow.parentRunId" not in read(orphan).data.tags
 
 
+def test_a_run_records_finished_children_with_their_settings(store):
+    settings = {"sampler": {"steps": 8, "threshold": None, "suppress_tokens": [1, 2], "policy": "x" * 20_000}}
+    with open_run(store) as run:
+        run_id = run.child("steps=8", {"score": 0.5, "documents": 40}, {"dllm_ray.job": "sweep-setting"}, settings)
+        plain = run.child("plain", {"score": 1.0}, {})
+    client = MlflowClient(tracking_uri=run.uri)
+    child = client.get_run(run_id)
+    assert child.info.status == "FINISHED" and child.info.run_name == "steps=8"
+    assert child.info.experiment_id == read(run).info.experiment_id
+    assert child.data.metrics == {"score": 0.5, "documents": 40.0}
+    policy = child.data.params.pop("sampler.policy")
+    assert policy.startswith("xxx") and len(policy) < 20_000
+    assert child.data.params == {
+        "sampler.steps": "8",
+        "sampler.threshold": "None",
+        "sampler.suppress_tokens": "[1, 2]",
+    }
+    assert child.data.tags["mlflow.parentRunId"] == run.run_id
+    assert child.data.tags["dllm_ray.job"] == "sweep-setting"
+    assert client.get_run(plain).data.params == {} and plain != run_id
+
+
 def test_tags_say_what_the_run_is_about(store):
     with open_run(store, tags={"dllm_ray.model": "m", "dllm_ray.family": None}) as run:
         pass

@@ -4,6 +4,7 @@ the work is broken off and taken up again."""
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,8 @@ from dllm_ray.models.load import open_tokenizer
 from dllm_ray.prompts import encode_rows, encode_texts
 from dllm_ray.sampling.config import SamplerConfig
 from dllm_ray.sampling.sampler import Sampler, row_seeds
-from dllm_ray.workers import ModelPool, sample_dataset
+from dllm_ray.sharing import SharedPool
+from dllm_ray.workers import Call, ModelPool, sample_dataset
 
 pytestmark = pytest.mark.slow
 
@@ -100,6 +102,44 @@ def test_a_workers_complaint_arrives_as_itself(model, two, tmp_path):
     gone = ModelConfig(path=str(tmp_path / "gone"))
     with pool(gone) as answers, pytest.raises(ModelError, match=r"^no such model directory: .*gone$"):
         completions(answers, 4)
+
+
+def test_calls_that_come_while_others_are_under_way_are_made_and_errors_do_not_end_the_rest(two):
+    def work(_lm, number):
+        if number == 1:
+            raise DataError("one is broken")
+        time.sleep(1 if number == 0 else 0)
+        return number
+
+    todo, seen, late = [Call("slow", work, (0,)), Call("broken", work, (1,))], [], [Call("late", work, (2,))]
+
+    def take():
+        if todo:
+            return todo.pop(0)
+        return late.pop() if seen and late else None  # comes when the broken one is back
+
+    for call, outcome in two.serve(take, lambda: bool(late), 0.02):
+        seen.append((call.name, outcome if isinstance(outcome, Exception) else outcome[0]))
+    assert [name for name, _ in seen] == ["broken", "late", "slow"]
+    assert isinstance(seen[0][1], DataError) and [outcome for _, outcome in seen[1:]] == [2, 0]
+
+
+def test_callers_share_the_workers_and_each_gets_what_he_would_alone(two):
+    def doubled(_lm, number):
+        return 2 * number
+
+    shared = SharedPool(two)
+
+    def ask(caller):
+        return sorted(result for _, result, _ in shared.run(doubled, [(10 * caller + n,) for n in range(5)]))
+
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(ask, range(3)))
+    with pytest.raises(ConfigError, match=r"^a canvas of 68 tokens .* context of 64"):
+        list(shared.run(workers._sample, [([list(range(20, 80))], CONFIG, [1], False)]))
+    shared.close()
+    assert found == [[2 * (10 * caller + n) for n in range(5)] for caller in range(3)]
+    assert len(completions(two, 4)) == len(PROMPTS)
 
 
 def test_no_prompts_no_answers(two):

@@ -113,7 +113,8 @@ def evaluate(model, config: EvaluateConfig, seed: int, documents: range | None =
         lm-eval's own result: `results`, `configs`, `n-samples`, `samples`, ...
 
     Raises:
-        EvaluationError: an unknown task, one whose data can't be had, or one that may not run code.
+        EvaluationError: an unknown task, one whose data can't be had, one that may not run code, or one without any of
+            the documents.
     """
     from lm_eval import simple_evaluate
 
@@ -122,10 +123,7 @@ def evaluate(model, config: EvaluateConfig, seed: int, documents: range | None =
     loaded = _load(config, index)
     chosen = None
     if documents is not None:
-        chosen = {
-            task.task_name: [place for place in documents if place < len(task.eval_docs)]
-            for task in _members_of(loaded)
-        }
+        chosen = {task.task_name: _places(task, documents) for task in _members_of(loaded)}
     return simple_evaluate(
         model=model,
         tasks=loaded,
@@ -143,6 +141,17 @@ def evaluate(model, config: EvaluateConfig, seed: int, documents: range | None =
         torch_random_seed=seed,
         fewshot_random_seed=seed,
     )
+
+
+def _places(task: Any, documents: range) -> list[int]:
+    """Those of the documents that the task has."""
+    found = [place for place in documents if place < len(task.eval_docs)]
+    if not found:  # lm-eval would ask all
+        raise EvaluationError(
+            f"task {task.task_name} has {len(task.eval_docs)} documents, none of them from {documents.start} to "
+            f"{documents.stop - 1}"
+        )
+    return found
 
 
 @dataclass

@@ -105,11 +105,12 @@ class Judge:
                 return None
             metric, way = self._score
             scores = per_document(results, metric, way)
+            unique = max(figures["asked"] + figures["from_disk"], 1)  # equal requests are answered once
             answered = Answered(
                 scores=scores,
                 tpf=figures["tpf"],
                 tokens_per_s=figures["tokens_per_s"],
-                nfe=figures["nfe"] / max(figures["documents"], 1),
+                nfe=figures["nfe"] / unique,
                 asked=int(figures["asked"]),
                 seconds=figures["seconds"],
                 truncated=int(figures["truncated_prompts"]),

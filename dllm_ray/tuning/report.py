@@ -1,6 +1,8 @@
 """What a sweep leaves: tables, `sweep.json`, the two pictures of the front, and settings ready to be used."""
 
 import json
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ def rows(findings: Findings) -> list[dict[str, Any]]:
             "score": round(one.score, 4),
             "interval": _interval(findings.intervals[one.name]),
             "tok/forward": round(one.tpf, 3),
-            "tok/s": round(one.tokens_per_s),
+            "tok/s": round(one.tokens_per_s) if math.isfinite(one.tokens_per_s) else one.tokens_per_s,
             "forwards": round(one.nfe, 2),
             "docs": len(one.scores),
             "note": _notes(findings, one),
@@ -84,11 +86,14 @@ def sentences(findings: Findings, subject: Subject) -> list[str]:
     best, recommended = findings.named(findings.best), findings.named(findings.recommended)
     level = f"{subject.confidence:.4g}"
     said = [f"best score: {best.name}, {best.score:.4f} on {len(best.scores)} documents"]
+    ties = len(findings.tied)
     if findings.is_won:
         said.append(f"it leads all others by more than noise (confidence {level}, all comparisons together)")
+    elif not ties:
+        said.append("no winner: no other setting has answered as many documents")
     else:
         said.append(
-            f"no winner: {len(findings.tied)} other settings can't be told apart from it (confidence {level}, all "
+            f"no winner: {ties} other setting{'s' * (ties > 1)} can't be told apart from it (confidence {level}, all "
             "comparisons together)"
         )
     if recommended.name != best.name:
@@ -102,6 +107,8 @@ def sentences(findings: Findings, subject: Subject) -> list[str]:
         for one in findings.held_out
         if one.name == findings.recommended and one.to_official is not None
     ]
+    if findings.unconfirmed:
+        said.append(f"held-out documents were not asked: {findings.unconfirmed}")
     for objective, shares in findings.importance.items():
         if shares:
             named = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
@@ -128,15 +135,17 @@ def write(folder: Path, findings: Findings, subject: Subject, facts: dict[str, A
     from dllm_ray.viz.front import page
     from dllm_ray.viz.front_picture import picture
 
-    points, curves = _points(findings), _curves(subject.background)
+    scale = _scale(findings.tried)
+    points, curves = _points(findings, scale), _curves(subject.background)
     title = f"{subject.task}: accuracy and speed of {Path(subject.model).name or subject.model}"
-    score = f"{subject.score}, percent"
+    score = f"{subject.score}, percent" if scale == 100 else subject.score
     said = sentences(findings, subject)
     if subject.background is not None:
         said.append(f"grey curves, {subject.background}: {published.source()}")
     files = [folder / name for name in ("sweep.json", "front.png", "front.html")]
     with complete_file(files[0]) as file:
-        json.dump(_plain(findings, subject) | {"environment": facts}, file, indent=2, ensure_ascii=False)
+        told = _without_nan(_plain(findings, subject) | {"environment": facts})
+        json.dump(told, file, indent=2, ensure_ascii=False, allow_nan=False)
     picture(files[1], title, points, curves, score, subject.confidence)
     table = [{key: str(value) for key, value in row.items()} for row in rows(findings)]
     with complete_file(files[2]) as file:
@@ -183,7 +192,12 @@ def _parameters(findings: Findings, name: str) -> dict[str, str]:
     return {key: ("null" if changes[key] is None else str(changes[key])) if key in changes else "" for key in names}
 
 
-def _points(findings: Findings) -> list[Point]:
+def _scale(tried: Iterable[Tried]) -> int:
+    """100 where scores are shares of 1, and so can be told in percent; else 1."""
+    return 100 if all(0 <= score <= 1 for one in tried for score in one.scores.values()) else 1
+
+
+def _points(findings: Findings, scale: int) -> list[Point]:
     found = []
     for one in findings.tried:
         interval = findings.intervals[one.name]
@@ -200,9 +214,9 @@ def _points(findings: Findings) -> list[Point]:
             Point(
                 name=one.name,
                 family=one.family,
-                score=100 * one.score,
-                low=100 * interval.low,
-                high=100 * interval.high,
+                score=scale * one.score,
+                low=scale * interval.low,
+                high=scale * interval.high,
                 tpf=one.tpf,
                 tokens_per_s=one.tokens_per_s,
                 nfe=one.nfe,
@@ -210,6 +224,7 @@ def _points(findings: Findings) -> list[Point]:
                 front=frozenset(axis for axis in AXES if one.name in findings.fronts[axis]),
                 marks=frozenset(marks),
                 complete=one.complete,
+                is_percent=scale == 100,
             )
         )
     return found
@@ -256,6 +271,15 @@ def _plain(findings: Findings, subject: Subject) -> dict[str, Any]:
             for one in findings.tried
         ],
     }
+
+
+def _without_nan(tree: Any) -> Any:
+    """Plain values with null for numbers that JSON doesn't have."""
+    if isinstance(tree, Mapping):
+        return {key: _without_nan(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_without_nan(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def _on_front(findings: Findings, one: Tried) -> bool:

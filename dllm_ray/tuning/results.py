@@ -60,6 +60,8 @@ class Findings:
     importance: Mapping[str, Mapping[str, float]]
     """Objective -> parameter -> share of its variation."""
     held_out: tuple[HeldOut, ...] = field(default=())
+    unconfirmed: str = ""
+    """Why the held-out documents were not asked, though there are some."""
 
     @property
     def is_won(self) -> bool:

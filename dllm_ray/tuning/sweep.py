@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from dllm_ray import cluster
 from dllm_ray.answers import changes
 from dllm_ray.config import to_dict
-from dllm_ray.errors import EvaluationError, OutputError
+from dllm_ray.errors import DllmRayError, EvaluationError, OutputError, first_line
 from dllm_ray.evaluation.suite import Ask
 from dllm_ray.models.config import ModelConfig
 from dllm_ray.output import complete_file
@@ -176,24 +176,31 @@ class Sweep:
             state.note(spent=any(one.result.get("ended") == "budget" for one in told))
             tried = _distinct([official, *filter(None, map(_tried, told))])
             found = results.find(tried, official.name, self.config, self._published_best())
-            held_out = self._confirm(judge, found)
+            held_out, unconfirmed = self._confirm(judge, found)
         if held_out:
             found = replace(found, held_out=results.confirmed(held_out, official.name, self.config.confidence))
+        elif unconfirmed:
+            found = replace(found, unconfirmed=unconfirmed)
         return found, took, [one for one in told if one.error is not None]
 
-    def _confirm(self, judge: Any, found: Findings) -> dict[str, Tried]:
-        """The chosen settings on held-out documents; empty without any, or without the time for the official one."""
+    def _confirm(self, judge: Any, found: Findings) -> tuple[dict[str, Tried], str]:
+        """The chosen settings on held-out documents; or none, and why."""
         if not self.plan.held_out:
-            return {}
+            return {}, ""
         chosen = found.chosen(self.config.confirm)
         settings = [Candidate(name, dict(found.named(name).changes), found.named(name).sampler) for name in chosen]
         calls = [self._call(judge, one, self.plan.held_out, "held_out") for one in settings]
-        answers = {
-            one.name: _as_tried(one, answered, True)
-            for one, call in zip(settings, calls, strict=True)
-            if (answered := result_of(call)) is not None
-        }
-        return answers if found.official in answers else {}
+        try:
+            answers = {
+                one.name: _as_tried(one, answered, True)
+                for one, call in zip(settings, calls, strict=True)
+                if (answered := result_of(call)) is not None
+            }
+        except DllmRayError as error:  # what the search has found is not lost
+            return {}, first_line(error)
+        if found.official not in answers:
+            return {}, "the budget was spent before; the same command with a larger one asks them"
+        return answers, ""
 
     def _ask(self, judge: Any, candidate: Candidate, documents: range, where: str) -> Tried | None:
         answered = result_of(self._call(judge, candidate, documents, where))

@@ -50,6 +50,8 @@ class Point:
     """What is special about it, of `MARKS`."""
     complete: bool = True
     """False: dropped after a few documents; drawn faintly."""
+    is_percent: bool = True
+    """False: the score and its interval are no shares, but numbers of another kind."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ def marked(point: Point) -> str:
 def scored(point: Point, kind: str = "") -> str:
     """Its score with the interval, e.g. "85.3 % (95 % interval 81.0 to 89.6)"; `kind` stands before the ends."""
     ends = f"{kind}{point.low:.1f} to {point.high:.1f}" if has_interval(point) else "no interval"
-    return f"{_figure(point.score, '.1f')} % ({ends})"
+    unit = " %" if point.is_percent else ""
+    return f"{_figure(point.score, '.1f')}{unit} ({ends})"
 
 
 def speeds(point: Point, short: bool = False) -> str:

@@ -11,7 +11,7 @@ from dllm_ray.data import builtin
 from dllm_ray.errors import DataError, EvaluationError
 from dllm_ray.evaluation import run
 from dllm_ray.evaluation.config import EvaluateConfig
-from dllm_ray.evaluation.run import check_data, check_tasks, evaluate, metrics, requests, standard_errors
+from dllm_ray.evaluation.run import check_data, check_tasks, evaluate, look_up, metrics, requests, standard_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -125,6 +125,54 @@ def test_what_would_be_asked_of_a_group_is_given_by_its_tasks(tmp_path):
     planned = requests(FixedAnswers(), config, seed=0, count=len)
     assert [part.task for part in planned] == ["bbh_choice_file_one", "bbh_choice_file_two"]
     assert all((part.documents, part.counts) == (3, {"loglikelihood": 6}) for part in planned)
+
+
+def test_tasks_are_looked_up_with_their_documents_and_metrics(maths):
+    (found,) = look_up(maths)
+    assert (found.name, found.documents, found.filters) == ("gsm8k_file", 2, ["strict", "flexible"])
+    assert found.metrics["exact_match"]([0.0, 1.0]) == 0.5
+    assert found.higher_is_better == {"exact_match": True}
+    (digits,) = look_up(EvaluateConfig(tasks=("digits",), limit=3))
+    assert (digits.documents, digits.filters) == (500, ["none"])
+    assert list(digits.metrics) == ["exact_match", *builtin.TASKS]
+
+
+def choices(folder, sizes):
+    """A group of tasks over files with so many questions each."""
+    for name, size in sizes.items():
+        examples = [{"input": f"Is it {n}?\nOptions:\n- Yes\n- No", "target": "Yes"} for n in range(size)]
+        (folder / f"{name}.json").write_text(json.dumps({"examples": examples}))
+    return EvaluateConfig(tasks=("bbh_choice_file",), data_files={"bbh_choice_file": str(folder / "*.json")})
+
+
+def test_a_group_is_looked_up_by_its_members(tmp_path):
+    found = look_up(choices(tmp_path, {"one": 3, "two": 5}))
+    assert [(task.name, task.documents) for task in found] == [
+        ("bbh_choice_file_one", 3),
+        ("bbh_choice_file_two", 5),
+    ]
+
+
+def asked(results):
+    return {task: [sample["doc_id"] for sample in samples] for task, samples in results["samples"].items()}
+
+
+def test_documents_are_asked_by_their_places_whatever_the_limit_says():
+    config = EvaluateConfig(tasks=("digits",), limit=2)
+    whole = FixedAnswers()
+    evaluate(whole, EvaluateConfig(tasks=("digits",), limit=20), seed=0)
+    model = FixedAnswers()
+    results = evaluate(model, config, seed=0, documents=range(12, 17))
+    assert asked(results) == {"digits": list(range(12, 17))}
+    assert model.prompts == whole.prompts[12:17]
+
+
+def test_places_beyond_a_tasks_documents_are_left_out(tmp_path):
+    config = choices(tmp_path, {"one": 3, "two": 5})
+    results = evaluate(FixedAnswers(), config, seed=0, documents=range(2, 9))
+    assert asked(results) == {"bbh_choice_file_one": [2], "bbh_choice_file_two": [2, 3, 4]}
+    with pytest.raises(EvaluationError, match=r"task bbh_choice_file_one has 3 documents, none of them from 3 to 4"):
+        evaluate(FixedAnswers(), config, seed=0, documents=range(3, 5))
 
 
 def test_a_folder_of_ones_own_tasks(tmp_path, maths):

@@ -51,9 +51,7 @@ def test_of_equal_scores_the_fastest_is_the_best_one():
 
 def test_the_sweeps_own_objective_says_what_is_fast():
     settings = [tried("a", GOOD, 1.0, 900.0, nfe=8.0), tried("b", GOOD, 2.0, 100.0, nfe=9.0)]
-    recommended = [
-        found(*settings, objectives=["score", name]).recommended for name in ("tpf", "tokens_per_s", "nfe")
-    ]
+    recommended = [found(*settings, objectives=["score", name]).recommended for name in ("tpf", "tokens_per_s", "nfe")]
     assert recommended == ["b", "a", "a"]
     assert found(*settings, objectives=["score"], searcher="tpe").recommended == "b"
 
