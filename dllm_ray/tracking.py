@@ -83,24 +83,40 @@ class Run:
         metrics: Mapping[str, float],
         tags: Mapping[str, str],
         settings: Mapping[str, Any] | None = None,
+        known: str | None = None,
     ) -> str:
-        """Records a finished run of its own below this one, with settings as parameters; returns its id."""
-        from mlflow.entities import Metric, Param
+        """Records a finished run of its own below this one.
 
-        experiment = self._client.get_run(self.run_id).info.experiment_id
+        Args:
+            name: of the run.
+            metrics, tags: of it.
+            settings: its parameters.
+            known: id of such a run whose metrics and tags are brought up to date; None: a new one.
+
+        Returns:
+            Its id.
+        """
+        from mlflow.entities import Metric, Param, RunTag
+
         tags = {"mlflow.parentRunId": self.run_id, "mlflow.runName": name, **tags}
-        run_id = self._client.create_run(experiment, tags=tags).info.run_id
+        if known is None:
+            experiment = self._client.get_run(self.run_id).info.experiment_id
+            run_id = self._client.create_run(experiment, tags=tags).info.run_id
+        else:
+            run_id = known
         now = int(time.time() * 1000)
         self._client.log_batch(
             run_id,
             metrics=[Metric(key, float(value), now, 0) for key, value in metrics.items()],
             params=[Param(key, str(value)[:_PARAM_LIMIT]) for key, value in flatten(settings or {}).items()],
+            tags=[RunTag(key, value) for key, value in tags.items()] if known else [],
         )
-        self._client.set_terminated(run_id, "FINISHED")
+        if known is None:
+            self._client.set_terminated(run_id, "FINISHED")
         return run_id
 
-    def children(self) -> dict[str, str]:
-        """Name -> id of the finished runs below this one; what a kill left unfinished is deleted."""
+    def children(self) -> dict[str, tuple[str, dict[str, float]]]:
+        """Name -> id and metrics of the finished runs below this one; what a kill left unfinished is deleted."""
         experiment = self._client.get_run(self.run_id).info.experiment_id
         found, page = {}, None
         while page != "":
@@ -109,7 +125,7 @@ class Run:
             page = some.token or ""
             for run in some:
                 if run.info.status == "FINISHED":
-                    found[run.info.run_name] = run.info.run_id
+                    found[run.info.run_name] = (run.info.run_id, run.data.metrics)
                 else:
                     self._client.delete_run(run.info.run_id)
         return found

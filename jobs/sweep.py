@@ -73,14 +73,18 @@ class SweepJob:
         """What is asked, under the official setting."""
         from dllm_ray.evaluation.config import LikelihoodConfig
 
-        evaluate = replace(self.evaluate, variants=[])
-        found = asks(evaluate, self.sampler, LikelihoodConfig(), self.line)
+        if self.evaluate.variants:
+            raise ConfigError("sweep.space says which settings are tried: leave variants out", "evaluate.variants")
+        if self.line is not None and not self.evaluate.suite:
+            raise ConfigError("chooses among the lines of evaluate.suite, and there are none", "line")
+        found = asks(self.evaluate, self.sampler, LikelihoodConfig(), self.line)
         if len(found) > 1:
             raise ConfigError("the suite has several lines: name one, e.g. --line gsm8k_cot", "line")
         return found[0]
 
 
 def main(job: SweepJob) -> None:
+    from dllm_ray.evaluation.asking import Asker
     from dllm_ray.evaluation.run import check_tasks, look_up
     from dllm_ray.models.load import check_path
     from dllm_ray.tuning import published, scores
@@ -94,20 +98,24 @@ def main(job: SweepJob) -> None:
     tasks = look_up(ask.evaluate)
     score = scores.choose(tasks, job.sweep.metric)
     planned = plan(job.sweep, tasks, ask.sampler, ask.evaluate.limit, job.seed)
+    asker = Asker(job.model, job.seed)
+    for candidate in (planned.official, *(planned.candidates or ())):
+        asker.check(replace(ask, name=candidate.name, sampler=candidate.sampler))
     if job.dry_run:
         from dllm_ray.viz.terminal import table
 
-        table(f"{job.model.path}, compared by {score[0]}", rows(planned, job.sweep, tasks))
+        table(f"{job.model.path}, compared by {scores.label(tasks, score)}", rows(planned, job.sweep, tasks))
         table("settings", [{"setting": one.name} for one in planned.candidates or planned.space.sample(12, job.seed)])
         return
-    _run(job, ask, planned, score)
+    _run(job, ask, planned, score, scores.label(tasks, score))
 
 
-def _run(job: SweepJob, ask: Ask, planned, score: tuple[str, str]) -> None:
+def _run(job: SweepJob, ask: Ask, planned, score: tuple[str, str], label: str) -> None:
     from dllm_ray import tracking
     from dllm_ray.answers import model_key
     from dllm_ray.training.checkpoint import read_provenance
     from dllm_ray.tuning import record, report
+    from dllm_ray.tuning.answered import Answered
     from dllm_ray.tuning.sweep import State, Sweep, state_key
     from dllm_ray.tuning.watch import Watch
     from dllm_ray.viz.terminal import table
@@ -121,7 +129,10 @@ def _run(job: SweepJob, ask: Ask, planned, score: tuple[str, str]) -> None:
     facts = tracking.system_facts() | {"seed": job.seed}
     cache = job.evaluate.cache or str(output_dir / "answers")
     sweep = Sweep(job.model, ask, job.sweep, planned, score, job.seed, output_dir, cache)
-    with tracking.start("sweep", to_dict(job), output_dir, store, tags, resume=state.run_id, parent=parent) as run:
+    with (
+        state,
+        tracking.start("sweep", to_dict(job), output_dir, store, tags, resume=state.run_id, parent=parent) as run,
+    ):
         state.note(run_id=run.run_id)
         children = record.Children(run)
         with Watch(planned.trials, planned.asked) as watch:
@@ -130,11 +141,13 @@ def _run(job: SweepJob, ask: Ask, planned, score: tuple[str, str]) -> None:
                 watch.tell(told, answered)
                 children.tell(told, answered)
 
-            found, took, failed = sweep.run(facts, state, watch.begin, listen)
+            found, took, told = sweep.run(facts, state, watch.begin, listen)
+        for one in told:
+            children.tell(one, Answered.read(one.folder))
         subject = report.Subject(
             job.model.path,
             ",".join(ask.evaluate.tasks),
-            score[0],
+            label,
             planned.asked,
             job.sweep.confidence,
             job.sweep.background,
@@ -150,15 +163,16 @@ def _run(job: SweepJob, ask: Ask, planned, score: tuple[str, str]) -> None:
         for sentence in report.sentences(found, subject):
             print(sentence)
         print(
-            f"took      {took.trials} settings in {took.seconds:.0f} s, {took.asked} documents answered; "
-            f"{took.overhead_s:.2f} s a setting beside answering"
+            f"took      {took.trials} settings ({took.different} different) in {took.seconds:.0f} s, {took.asked} "
+            f"documents answered; {took.overhead_s:.2f} s a setting beside answering"
         )
         print(f"results   {output_dir}")
         print(f"tracking  run {run.run_id}: {tracking.ui_command(run.uri)}")
+        failed = [one for one in told if one.error is not None]
         if failed:
             raise EvaluationError(
-                f"{len(failed)} settings failed, the first, {failed[0].name}: "
-                f"{(failed[0].error or '').strip().splitlines()[-1:]}. The same command tries them again"
+                f"{len(failed)} of {len(told)} settings failed, the first, {failed[0].name}: {failed[0].error}. What "
+                "the others gave is kept: the same command tries those that failed again"
             )
 
 

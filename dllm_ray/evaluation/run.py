@@ -80,6 +80,8 @@ class Loaded:
     higher_is_better: Mapping[str, bool]
     filters: Sequence[str]
     """Names of the ways in which answers are read; each metric has a value for each."""
+    output_type: str = "generate_until"
+    """Or `multiple_choice`, `loglikelihood`, ..."""
 
 
 def look_up(config: EvaluateConfig) -> list[Loaded]:
@@ -95,6 +97,7 @@ def look_up(config: EvaluateConfig) -> list[Loaded]:
             task.aggregation(),
             task.higher_is_better(),
             [entry["name"] for entry in task.config.filter_list or [{"name": "none"}]],
+            task.OUTPUT_TYPE,
         )
         for task in _members_of(_load(config, _index(config)))
     ]

@@ -31,8 +31,8 @@ class SweepConfig:
     metric: str | None = None
     """The task's metric that is the score, e.g. `exact_match` or `exact_match,flexible-extract`; null: its first."""
     objectives: list[str] = field(default_factory=lambda: ["score", "tpf"])
-    """What tpe and nsga2 look for: `score`, alone or with one of `tpf` (tokens per forward), `tokens_per_s` or `nfe`
-    (forwards per document; fewer are better)."""
+    """What tpe and nsga2 look for: `score`, alone or with one of `tpf` (tokens per forward), `tokens_per_s` (one rough
+    timing of each setting, while others share the machine) or `nfe` (forwards per document; fewer are better)."""
     asha: bool = False
     """Drop bad settings after a few documents, by their score (successive halving, arXiv 1810.05934)."""
     first_documents: int = 32
@@ -52,9 +52,9 @@ class SweepConfig:
     concurrent: int | None = None
     """Settings asked at the same time; null: as many as keep all workers busy."""
     max_minutes: float | None = None
-    """No setting is begun after so many minutes; those under way are ended. null: no end."""
+    """No setting is begun after so many minutes of a run, loading included; those under way are ended. null: no end."""
     max_documents: int | None = None
-    """No setting is begun after so many answered documents, over all settings; null: no end."""
+    """No setting is begun after so many documents that a run has answered, over all settings; null: no end."""
     background: str | None = None
     """Published curves of accuracy and parallelism that are drawn behind ours, e.g. `llada/GSM8K-CoT`."""
 

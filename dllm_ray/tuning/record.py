@@ -18,20 +18,25 @@ class Children:
 
     def __init__(self, run: Any):
         self._run = run
-        self._names = set(run.children())
+        self._known = run.children()
 
     def tell(self, told: Told, answered: Answered | None) -> None:
-        """Takes in a trial's result."""
-        if not told.over or answered is None or told.error is not None or told.name in self._names:
+        """Takes in a trial's result. A child that a broken-off run has left is brought up to date."""
+        if not told.over or answered is None or told.error is not None:
             return
         figures = {name: getattr(answered, name) for name in ("score", "tpf", "tokens_per_s", "nfe", "seconds")}
-        self._run.child(
+        figures["documents"] = len(answered.scores)
+        known, before = self._known.get(told.name, (None, {}))
+        if all(before.get(name) == value for name, value in figures.items()):
+            return
+        run_id = self._run.child(
             told.name,
-            {**figures, "documents": len(answered.scores), "asked": answered.asked},
+            figures,
             {"dllm_ray.job": "sweep-setting", "dllm_ray.sweep.ended": str(told.result.get("ended") or "dropped")},
             {"sampler": dict(told.sampler)},
+            known,
         )
-        self._names.add(told.name)
+        self._known[told.name] = (run_id, figures)
 
 
 def findings(run: Any, found: Findings, took: Took, files: list[Path]) -> None:

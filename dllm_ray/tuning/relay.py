@@ -4,6 +4,7 @@ Tune pickles its callbacks beside the trials and brings them back after a kill. 
 whoever listens now.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -46,6 +47,10 @@ class Relay(Callback):
 
 def _last_line(trial: Any) -> str:
     """What a failed trial met."""
-    error = trial.get_error()
-    lines = str(error).strip().splitlines() if error is not None else []
-    return lines[-1] if lines else "it failed without a word"
+    return reason(trial.get_error())
+
+
+def reason(error: BaseException | None) -> str:
+    """What a failed trial met, out of Ray's story around it."""
+    lines = [line for line in str(error or "").splitlines() if line.strip()]
+    return re.sub(r"^[\w.]+Error: ", "", lines[-1].strip()) if lines else "its process ended without a word"

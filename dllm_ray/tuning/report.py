@@ -107,12 +107,25 @@ def sentences(findings: Findings, subject: Subject) -> list[str]:
         for one in findings.held_out
         if one.name == findings.recommended and one.to_official is not None
     ]
+    if best.score == 0:
+        said.append("no document was solved under any setting, so no other one than the official is recommended")
+    if findings.withdrawn:
+        said.append(
+            f"withdrawn: {findings.withdrawn} seemed better, and is worse than the official setting on held-out "
+            "documents"
+        )
+    if findings.unfinished:
+        said.append(
+            f"the budget ended the search: {findings.unfinished} settings have not answered all documents; the same "
+            "command goes on, with answers from disk"
+        )
     if findings.unconfirmed:
         said.append(f"held-out documents were not asked: {findings.unconfirmed}")
     for objective, shares in findings.importance.items():
         if shares:
             named = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
             said.append(f"what matters for {objective}: {named}")
+    said.append("tokens per second are one timing of each setting, taken while others shared the machine")
     said += [f"AUP of {family}: {area:.1f}" for family, area in findings.aup.items()]
     return said
 
@@ -156,8 +169,8 @@ def write(folder: Path, findings: Findings, subject: Subject, facts: dict[str, A
 def _write_settings(folder: Path, findings: Findings, subject: Subject) -> list[Path]:
     """`sampler.yaml` of the recommended setting, and one for each setting of the front, by score."""
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.yaml"):
-        old.unlink()
+    for old in [*folder.glob("front-*.yaml"), folder / "sampler.yaml"]:
+        old.unlink(missing_ok=True)
     written = []
     front = sorted(findings.fronts["tpf"], key=lambda name: -findings.named(name).score)
     for file, name in [("sampler", findings.recommended), *((f"front-{n}", name) for n, name in enumerate(front, 1))]:
@@ -167,6 +180,11 @@ def _write_settings(folder: Path, findings: Findings, subject: Subject) -> list[
             f"# {name}\n# {subject.score} {one.score:.4f} ({low:.4f} to {high:.4f}) on {len(one.scores)} documents; "
             f"{one.tpf:.3f} tokens per forward.\n"
         )
+        for held_out in findings.held_out:
+            if held_out.name == name:
+                mean, bottom, top = held_out.interval
+                against = "" if held_out.to_official is None else f"; against the official setting: {held_out.verdict}"
+                head += f"# {mean:.4f} ({bottom:.4f} to {top:.4f}) on {held_out.documents} held-out ones{against}.\n"
         written.append(folder / f"{file}.yaml")
         with complete_file(written[-1]) as out:
             out.write(head + to_yaml({"sampler": _shortened(one)}))

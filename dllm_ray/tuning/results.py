@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dllm_ray.tuning import pareto, statistics
 from dllm_ray.tuning.config import SweepConfig
@@ -13,6 +13,7 @@ from dllm_ray.tuning.tried import Tried
 AXES = ("tpf", "tokens_per_s")
 """How fast a setting is."""
 _ROUNDING = 1e-9
+_FEWEST = 8  # settings; the shares of parameters are anything with fewer
 IS_BETTER_HIGH = {"score": True, "tpf": True, "tokens_per_s": True, "nfe": False}
 
 
@@ -62,6 +63,10 @@ class Findings:
     held_out: tuple[HeldOut, ...] = field(default=())
     unconfirmed: str = ""
     """Why the held-out documents were not asked, though there are some."""
+    unfinished: int = 0
+    """Settings that the budget left without all their answers."""
+    withdrawn: str = ""
+    """The setting that was recommended until the held-out documents showed it to be worse than the official one."""
 
     @property
     def is_won(self) -> bool:
@@ -78,6 +83,22 @@ class Findings:
         rest = sorted(self.fronts["tpf"], key=lambda name: -self.named(name).score)
         kept = [*dict.fromkeys([self.recommended, self.best, *rest])][:most]
         return [*dict.fromkeys([*kept, self.official])]
+
+
+def with_held_out(found: Findings, held_out: Mapping[str, Tried], confidence: float) -> Findings:
+    """The findings with what the chosen settings gave on held-out documents. A recommended one that is worse there than
+    the official setting gives way: to the best one, or to the official one if that is worse too.
+
+    Args:
+        found: without.
+        held_out, confidence: as in `confirmed`.
+    """
+    told = confirmed(held_out, found.official, confidence)
+    worse = {one.name for one in told if one.verdict == "worse"}
+    if found.recommended not in worse:
+        return replace(found, held_out=told)
+    instead = found.official if found.best in worse else found.best
+    return replace(found, held_out=told, recommended=instead, withdrawn=found.recommended)
 
 
 def find(tried: Sequence[Tried], official: str, config: SweepConfig, published_best: float | None) -> Findings:
@@ -116,9 +137,14 @@ def find(tried: Sequence[Tried], official: str, config: SweepConfig, published_b
         fronts=fronts,
         best=rivals[winner].name,
         tied=frozenset(rivals[index].name for index in tied),
-        recommended=max(equal, key=lambda one: (_gain(one, speed), one.score)).name,
+        # where nothing was solved, being fast at it is no merit
+        recommended=max(equal, key=lambda one: (_gain(one, speed), one.score)).name
+        if rivals[winner].score != 0
+        else official,
         aup=pareto.aup_by_family(tried, published_best),
-        importance={name: importance(rivals, name) for name in dict.fromkeys([*config.objectives, "score", speed])},
+        importance={name: importance(rivals, name) for name in dict.fromkeys([*config.objectives, "score", speed])}
+        if len(rivals) >= _FEWEST
+        else {},
     )
 
 

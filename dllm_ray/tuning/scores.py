@@ -26,6 +26,13 @@ def choose(tasks: Sequence[Loaded], metric: str | None) -> tuple[str, str]:
     """
     from lm_eval.api.metrics import mean
 
+    for task in tasks:
+        if task.output_type != "generate_until":
+            raise ConfigError(
+                f"task {task.name} is scored by likelihoods, which no setting of the sampler changes: name a task that "
+                "generates",
+                "evaluate.tasks",
+            )
     name, _, way = (metric or next(iter(tasks[0].metrics))).replace(",", ".", 1).partition(".")
     way = way or tasks[0].filters[0]
     for task in tasks:
@@ -45,6 +52,11 @@ def choose(tasks: Sequence[Loaded], metric: str | None) -> tuple[str, str]:
                 f"less of {name} of task {task.name} is better: name one that is better the higher", _FIELD
             )
     return name, way
+
+
+def label(tasks: Sequence[Loaded], score: tuple[str, str]) -> str:
+    """What a score is called: with its filter, where there are several."""
+    return ",".join(score) if any(len(task.filters) > 1 for task in tasks) else score[0]
 
 
 def per_document(results: Mapping[str, Any], metric: str, way: str) -> dict[str, float]:

@@ -35,6 +35,8 @@ class Told:
     """Whether it was the trial's last word."""
     error: str | None = None
     """Why it failed."""
+    impossible: str = ""
+    """Why the setting can't be, if it can't."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Search:
                 )
             grid = tuner.fit()
         return [
-            self._told(one.config, one.metrics or {}, True, None if one.error is None else str(one.error))
+            self._told(one.config, one.metrics or {}, True, None if one.error is None else relay.reason(one.error))
             for one in grid
         ]
 
@@ -123,6 +125,7 @@ class Search:
             result,
             over,
             error,
+            setting.get("impossible", ""),
         )
 
     def _param_space(self) -> dict[str, Any]:

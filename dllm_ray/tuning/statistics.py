@@ -17,6 +17,9 @@ from numpy.typing import ArrayLike
 from dllm_ray.errors import ConfigError
 from dllm_ray.tuning.tried import Tried
 
+FEWEST = 10
+"""Documents below which no two settings are told apart: by chance all their differences may be alike."""
+
 
 class Interval(NamedTuple):
     """A mean, and between what it lies with the confidence that was asked for."""
@@ -122,7 +125,12 @@ def compare(scores: ArrayLike, best: int, confidence: float, chosen: bool = True
         Interval(0.0, 0.0, 0.0) if index == best else difference(x_D, x_SD[best], each)
         for index, x_D in enumerate(x_SD)
     )
-    tied = (index for index, found in enumerate(differences) if index != best and not (found.high < 0 or found.low > 0))
+    few = x_SD.shape[1] < FEWEST
+    tied = (
+        index
+        for index, found in enumerate(differences)
+        if index != best and (few or not (found.high < 0 or found.low > 0))
+    )
     return Comparison(differences, tuple(tied))
 
 

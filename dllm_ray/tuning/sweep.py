@@ -1,10 +1,11 @@
 """A sweep from the first question to what it found: workers, the official setting, the search, held-out documents."""
 
+import fcntl
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,17 @@ _LATER = ("max_minutes", "max_documents", "concurrent", "background", "confirm",
 """Settings of a sweep that may change when it goes on."""
 
 
+_OWN = ("settings", "tune", "held_out")
+"""Folders that a sweep makes, and clears where it begins anew."""
+
+
 @dataclass(frozen=True)
 class Took:
     """What a search took."""
 
     trials: int
+    different: int
+    """Settings; searchers may draw one again."""
     asked: int
     """Documents answered, those from disk not counted."""
     seconds: float
@@ -53,7 +60,7 @@ class Took:
 
 
 class State:
-    """How far the sweep in a folder has come.
+    """How far the sweep in a folder has come; a context manager that keeps other sweeps out of the folder meanwhile.
 
     Args:
         folder: of the sweep.
@@ -61,27 +68,23 @@ class State:
         fresh: begin anew.
 
     Raises:
-        OutputError: the folder holds a sweep with another key.
+        OutputError: the folder holds a sweep with another key, something else, or is in use.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any], fresh: bool):
         self._file = folder / "state.json"
-        self._tree: dict[str, Any] = {}
-        key = json.loads(json.dumps(key))
-        with suppress(OSError, ValueError):
-            self._tree = {} if fresh else json.loads(self._file.read_text(encoding="utf-8"))
-        changed = changes(self._tree.get("key", key), key)
-        if changed:
-            raise OutputError(
-                f"{folder} holds a sweep with other settings: {'; '.join(changed)}. Name another output_dir, or say "
-                "--fresh to begin anew; answers on disk are kept"
-            )
-        self.goes_on = bool(self._tree) and not self._tree.get("spent")
+        self._lock = _locked(folder)
+        try:
+            self._tree = self._read(folder, json.loads(json.dumps(key)), fresh)
+        except BaseException:
+            self._lock.close()
+            raise
+        self.goes_on = not fresh and "run_id" in self._tree and not self._tree.get("spent")
         """Whether a search was broken off, or is done. What ran out of budget is begun anew: answers are on disk."""
         if not self.goes_on:
-            for name in ("settings", "tune"):
+            for name in _OWN:
                 shutil.rmtree(folder / name, ignore_errors=True)
-            self._tree = {"key": key}
+            self._tree.pop("spent", None)
         self.note()
 
     @property
@@ -94,6 +97,47 @@ class State:
         self._tree |= facts
         with complete_file(self._file) as file:
             json.dump(self._tree, file, indent=2)
+
+    def __enter__(self) -> "State":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._lock.close()
+
+    def _read(self, folder: Path, key: dict[str, Any], fresh: bool) -> dict[str, Any]:
+        """What an earlier run has noted, or the beginning of it."""
+        if not self._file.exists():
+            others = [name for name in _OWN if (folder / name).exists()]
+            if others:
+                raise OutputError(
+                    f"{folder} holds {', '.join(others)}, which no sweep has left: name another output_dir"
+                )
+            return {"key": key}
+        if fresh:
+            return {"key": key}
+        try:
+            tree = json.loads(self._file.read_text(encoding="utf-8"))
+            changed = changes(tree["key"], key)
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise OutputError(
+                f"{self._file} can't be read ({first_line(error)}): say --fresh to begin anew; answers on disk are kept"
+            ) from None
+        if changed:
+            raise OutputError(
+                f"{folder} holds a sweep with other settings: {'; '.join(changed)}. Name another output_dir, or say "
+                "--fresh to begin anew; answers on disk are kept"
+            )
+        return tree
+
+
+def _locked(folder: Path) -> Any:
+    lock = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise OutputError(f"another sweep is using {folder}: wait for it, or name another output_dir") from None
+    return lock
 
 
 def state_key(model: Mapping[str, Any], config: SweepConfig, ask: Ask, seed: int) -> dict[str, Any]:
@@ -151,7 +195,7 @@ class Sweep:
             listen: is told of trials' results.
 
         Returns:
-            What was found; what the search took; the trials that failed.
+            What was found; what the search took; the last word of each trial.
 
         Raises:
             EvaluationError: the budget was spent before any setting had answered.
@@ -172,16 +216,18 @@ class Sweep:
             before, began = ray.get(judge.work.remote()), time.monotonic()
             told = search.run(lambda one: listen(one, Answered.read(one.folder)), state.goes_on)
             seconds, after = time.monotonic() - began, ray.get(judge.work.remote())
-            took = Took(len(told), after[0] - before[0], seconds, after[1] - before[1])
-            state.note(spent=any(one.result.get("ended") == "budget" for one in told))
+            took = Took(len(told), len({one.name for one in told}), after[0] - before[0], seconds, after[1] - before[1])
+            unfinished = sum(one.result.get("ended") == "budget" for one in told)
+            state.note(spent=bool(unfinished))
             tried = _distinct([official, *filter(None, map(_tried, told))])
             found = results.find(tried, official.name, self.config, self._published_best())
+            found = replace(found, unfinished=unfinished)
             held_out, unconfirmed = self._confirm(judge, found)
         if held_out:
-            found = replace(found, held_out=results.confirmed(held_out, official.name, self.config.confidence))
+            found = results.with_held_out(found, held_out, self.config.confidence)
         elif unconfirmed:
             found = replace(found, unconfirmed=unconfirmed)
-        return found, took, [one for one in told if one.error is not None]
+        return found, took, told
 
     def _confirm(self, judge: Any, found: Findings) -> tuple[dict[str, Tried], str]:
         """The chosen settings on held-out documents; or none, and why."""

@@ -86,8 +86,10 @@ class Watch:
 
 def _ended(told: Told) -> str:
     if told.error is not None:
-        return f"failed: {told.error.strip().splitlines()[-1] if told.error.strip() else 'without a word'}"
+        return f"failed: {told.error}"
     if not told.over:
         return "under way"
-    words = {"complete": "done", "budget": "out of budget", "impossible": "can't be"}
+    if told.result.get("ended") == "impossible":
+        return f"can't be: {told.impossible}"
+    words = {"complete": "done", "budget": "out of budget"}
     return words.get(str(told.result.get("ended")), "dropped")

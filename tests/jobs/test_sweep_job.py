@@ -209,7 +209,8 @@ class TestGrid:
             alone = results(tmp_path / name)
             assert one["score"]["mean"] == alone["results"]["graded"]["overlap,none"]
             assert one["tpf"] == alone["sampler"]["tpf"]
-            assert one["nfe"] == alone["sampler"]["nfe"] / alone["sampler"]["asked"]  # equal prompts count once
+            prompts = alone["sampler"]["asked"] + alone["sampler"]["from_disk"]  # equal ones count once
+            assert one["nfe"] == alone["sampler"]["nfe"] / prompts
             assert (one["documents"], one["complete"]) == (SEARCHED, True)
 
     def test_evaluate_takes_the_recommended_settings_and_reads_the_answers_from_disk(self, grid, both, tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tuning_testing import tried
 
 from dllm_ray.tuning.config import SweepConfig
-from dllm_ray.tuning.results import confirmed, find
+from dllm_ray.tuning.results import confirmed, find, with_held_out
 
 GOOD, FAIR, BAD = [1] * 90 + [0] * 10, [1] * 88 + [0] * 12, [0] * 90 + [1] * 10
 
@@ -85,7 +85,7 @@ def test_nothing_is_won_without_a_rival():
 
 
 def test_scores_need_not_be_shares():
-    what = found(tried("a", [40.0, 50.0, 45.0, 61.0]), tried("b", [90.0, 99.0, 95.0, 98.0], 0.5))
+    what = found(tried("a", 3 * [40.0, 50.0, 45.0, 61.0]), tried("b", 3 * [90.0, 99.0, 95.0, 98.0], 0.5))
     assert (what.best, what.is_won, what.aup) == ("b", True, {})
     assert what.intervals["b"].mean == 95.5
 
@@ -122,11 +122,31 @@ def test_findings_hang_together(drawn):
     what = found(*settings)
     rivals = [one for one in settings if one.complete] or settings
     assert what.named(what.best).score == max(one.score for one in rivals)
-    assert {what.best, what.recommended, *what.tied} <= {one.name for one in rivals}
-    assert what.best not in what.tied and what.recommended in {what.best, *what.tied}
+    assert {what.best, *what.tied} <= {one.name for one in rivals} and what.best not in what.tied
+    solved = what.named(what.best).score > 0
+    assert what.recommended in ({what.best, *what.tied} if solved else {what.official})
     assert any(what.named(name).score == what.named(what.best).score for name in what.fronts["tpf"])
     fastest = max(one.tpf for one in rivals)
     assert any(what.named(name).tpf == fastest for name in what.fronts["tpf"])
+
+
+def test_where_nothing_is_solved_nothing_is_recommended():
+    nothing = [0] * 20
+    what = found(tried("official", nothing, 1.0), tried("fast", nothing, 4.0), official="official")
+    assert what.recommended == "official"
+
+
+def test_a_recommended_setting_that_is_worse_on_held_out_documents_gives_way():
+    what = found(tried("best", GOOD, 1.0), tried("fast", GOOD, 4.0), tried("official", BAD, 0.5), official="official")
+    assert (what.recommended, what.best) == ("fast", "fast")
+    what = replace(what, best="best")
+    held_out = {one.name: one for one in (tried("fast", [0] * 100), tried("best", GOOD), tried("official", BAD))}
+    told = with_held_out(what, held_out, 0.95)
+    assert (told.recommended, told.withdrawn) == ("best", "fast") and len(told.held_out) == 3
+    held_out["best"] = tried("best", [0] * 100)
+    assert with_held_out(what, held_out, 0.95).recommended == "official"
+    held_out["fast"] = tried("fast", BAD)
+    assert with_held_out(what, held_out, 0.95).withdrawn == ""
 
 
 def test_chosen_settings_are_the_fronts_from_its_best_score_on():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dllm_ray.errors import ConfigError
-from dllm_ray.tuning.statistics import common, compare, difference, interval, paired, winner
+from dllm_ray.tuning.statistics import FEWEST, common, compare, difference, interval, paired, winner
 from dllm_ray.tuning.tried import Tried
 
 Z = 1.959963984540054  # of 95 %
@@ -241,3 +241,9 @@ def test_a_confidence_is_a_share(level):
 def test_scores_that_say_nothing_are_refused(ask):
     with pytest.raises(ValueError, match=r"scores|setting|document"):
         ask()
+
+
+def test_few_documents_tell_no_settings_apart():
+    few = np.array([[1.5, 1.5], [1.0, 1.0]])
+    assert winner(few, 0.95) == (0, [1])
+    assert winner(np.repeat(few, FEWEST // 2, axis=1), 0.95) == (0, [])

@@ -1,12 +1,14 @@
 """The metric that settings are compared by, and its value for each document."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from lm_eval.api.metrics import mean, median, perplexity
 
 from dllm_ray.errors import ConfigError, EvaluationError
 from dllm_ray.evaluation.run import Loaded
-from dllm_ray.tuning.scores import choose, per_document
+from dllm_ray.tuning.scores import choose, label, per_document
 
 MATHS = Loaded("maths", 20, {"exact_match": mean, "length": mean}, {"exact_match": True, "length": False}, ("a", "b"))
 OTHER = Loaded("other", 20, {"exact_match": mean}, {"exact_match": True}, ("b",))
@@ -86,3 +88,13 @@ def test_what_is_no_number_is_refused(value):
 def test_documents_none_of_which_has_a_score_are_refused():
     with pytest.raises(EvaluationError, match="no document has acc"):
         per_document({"samples": {"t": [sample(0, other=1.0), sample(1, "a", acc=1.0)]}}, "acc", "none")
+
+
+def test_a_task_that_generates_nothing_is_refused():
+    with pytest.raises(ConfigError, match="no setting of the sampler changes"):
+        choose([replace(MATHS, output_type="multiple_choice")], None)
+
+
+def test_a_score_is_called_with_its_filter_where_there_are_several():
+    assert label([MATHS], ("exact_match", "b")) == "exact_match,b"
+    assert label([replace(MATHS, filters=("none",))], ("exact_match", "none")) == "exact_match"
