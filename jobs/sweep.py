@@ -75,9 +75,10 @@ class SweepJob:
 
         if self.evaluate.variants:
             raise ConfigError("sweep.space says which settings are tried: leave variants out", "evaluate.variants")
-        if self.line is not None and not self.evaluate.suite:
-            raise ConfigError("chooses among the lines of evaluate.suite, and there are none", "line")
-        found = asks(self.evaluate, self.sampler, LikelihoodConfig(), self.line)
+        try:
+            found = asks(self.evaluate, self.sampler, LikelihoodConfig(), self.line)
+        except ConfigError as error:  # `asks` calls it as jobs/evaluate.py does
+            raise ConfigError(error.message, "line" if error.field == "suite" else error.field) from None
         if len(found) > 1:
             raise ConfigError("the suite has several lines: name one, e.g. --line gsm8k_cot", "line")
         return found[0]
@@ -99,7 +100,8 @@ def main(job: SweepJob) -> None:
     score = scores.choose(tasks, job.sweep.metric)
     planned = plan(job.sweep, tasks, ask.sampler, ask.evaluate.limit, job.seed)
     asker = Asker(job.model, job.seed)
-    for candidate in (planned.official, *(planned.candidates or ())):
+    asker.check(ask)
+    for candidate in planned.candidates or ():
         asker.check(replace(ask, name=candidate.name, sampler=candidate.sampler))
     if job.dry_run:
         from dllm_ray.viz.terminal import table
