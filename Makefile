@@ -21,11 +21,11 @@ quickstart: install
 	  --output_dir $(OUT)/evaluate
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
+	$(BIN)/python -m pytest -n 3 --dist loadfile --max-worker-restart 0
 
 # Without the tests that start Ray or train.
 test-fast: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m "not slow"
+	$(BIN)/python -m pytest -n 3 --dist loadfile --max-worker-restart 0 -m "not slow"
 
 lint: install
 	$(BIN)/ruff check .

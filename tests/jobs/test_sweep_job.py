@@ -249,7 +249,7 @@ class TestGrid:
         assert page.lower().startswith("<!doctype html>")
         assert all(one["name"] in page for one in found["settings"])
         assert found["recommended"] in output
-        assert f"{IN_GRID} settings in" in output
+        assert f"{IN_GRID} settings ({IN_GRID} different) in" in output
         assert len(list((folder / "configs").glob("front-*.yaml"))) == len(found["fronts"]["tpf"])
 
     def test_mlflow_holds_a_run_with_a_child_for_each_setting(self, grid):
