@@ -55,8 +55,8 @@ class Text:
 
 @dataclass(frozen=True)
 class Canvas:
-    """What one step wrote, for viewers. Positions count from the first token of the answer, or of the whole text where a
-    gap is filled."""
+    """What one step wrote, for viewers. Positions count from the first token of the answer, or of the whole text where
+    a gap is filled."""
 
     index: int
     step: int
@@ -97,8 +97,8 @@ class Refused:
     """The call is not answered; the only event."""
 
     kind: Literal["invalid", "too_long", "full", "draining", "failed"]
-    """invalid: settings or messages that can't be; too_long: it doesn't fit the model's context or the limits; full: the
-    queue is; draining: this replica is going away; failed: a defect."""
+    """invalid: settings or messages that can't be; too_long: it doesn't fit the model's context or the limits; full:
+    the queue is; draining: this replica is going away; failed: a defect."""
     message: str
     field: str | None = None
     """What of the request is wrong, by its name in the API."""
