@@ -1,7 +1,9 @@
-"""Noise schedules alpha(t): the share of tokens still clean at time t, from 1 at t = 0 to 0 at t = 1.
+"""Schedules of noise, as pure functions of times in [0, 1].
 
-Pure functions of tensors, after the continuous-time masked diffusion of Sahoo et al., arXiv 2406.07524, and Shi et
-al., arXiv 2406.04329. Objectives weigh losses with them; samplers derive from them how many tokens a step commits.
+alpha(t) is the share of tokens still clean, from 1 at t = 0 to 0 at t = 1, after the continuous-time masked diffusion
+of Sahoo et al., arXiv 2406.07524, and Shi et al., arXiv 2406.04329. kappa(t) is the share of edits already made, from 0
+at t = 0 to 1 at t = 1, after Edit Flows, Havasi et al., arXiv 2506.09018. Objectives weigh losses with them; samplers
+derive from them how much a step writes.
 """
 
 import math
@@ -66,3 +68,60 @@ def elbo_weight(schedule: AlphaSchedule, t: Tensor) -> Tensor:
 def unmask_probability(schedule: AlphaSchedule, t: Tensor, s: Tensor) -> Tensor:
     """The probability that a token masked at time t is clean at the earlier time s: 1 - (1-alpha(s)) / (1-alpha(t))."""
     return 1 - (1 - schedule.alpha(s)) / (1 - schedule.alpha(t))
+
+
+class KappaSchedule(Protocol):
+    """kappa(t) and its derivative, element by element."""
+
+    def kappa(self, t: Tensor) -> Tensor: ...
+
+    def derivative(self, t: Tensor) -> Tensor: ...
+
+
+class LinearKappa:
+    """kappa(t) = t."""
+
+    def kappa(self, t: Tensor) -> Tensor:
+        return t
+
+    def derivative(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+
+class CubicKappa:
+    """kappa(t) = 2 t^3 - 3 t^2 + 2 t: as fast at both ends, slower in the middle."""
+
+    def kappa(self, t: Tensor) -> Tensor:
+        return ((2 * t - 3) * t + 2) * t
+
+    def derivative(self, t: Tensor) -> Tensor:
+        return (6 * t - 6) * t + 2
+
+
+class CosineKappa:
+    """kappa(t) = 1 - cos(pi/2 t): slow at first."""
+
+    def kappa(self, t: Tensor) -> Tensor:
+        return 1 - torch.cos(math.pi / 2 * t)
+
+    def derivative(self, t: Tensor) -> Tensor:
+        return math.pi / 2 * torch.sin(math.pi / 2 * t)
+
+
+_KAPPAS: dict[str, KappaSchedule] = {"linear": LinearKappa(), "cubic": CubicKappa(), "cosine": CosineKappa()}
+
+
+def kappa_schedule(name: str) -> KappaSchedule:
+    """The schedule of that name: `linear`, `cubic` or `cosine`.
+
+    Raises:
+        ConfigError: there is no such schedule.
+    """
+    if name not in _KAPPAS:
+        raise ConfigError(f"unknown schedule {name!r}; expected one of {', '.join(_KAPPAS)}", "kappa")
+    return _KAPPAS[name]
+
+
+def edit_rate(schedule: KappaSchedule, t: Tensor) -> Tensor:
+    """w(t) = kappa'(t) / (1 - kappa(t)): how fast an edit that is still to come is made at time t."""
+    return schedule.derivative(t) / (1 - schedule.kappa(t) + EPSILON)

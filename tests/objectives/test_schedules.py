@@ -9,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dllm_ray.errors import ConfigError
-from dllm_ray.objectives.schedules import alpha_schedule, elbo_weight, unmask_probability
+from dllm_ray.objectives.schedules import (
+    alpha_schedule,
+    edit_rate,
+    elbo_weight,
+    kappa_schedule,
+    unmask_probability,
+)
 
 NAMES = pytest.mark.parametrize("name", ["linear", "cosine"])
 times = st.floats(1 / 1024, 1, width=32)
@@ -84,3 +90,32 @@ def test_all_masks_are_due_at_time_0(name):
 def test_an_unknown_schedule_is_refused():
     with pytest.raises(ConfigError, match=r"'quadratic'.*linear, cosine"):
         alpha_schedule("quadratic")
+
+
+KAPPAS = pytest.mark.parametrize("name", ["linear", "cubic", "cosine"])
+
+
+@KAPPAS
+def test_kappas_agree_with_the_reference(golden, name):
+    recorded = json.loads((golden / "common" / "schedulers.json").read_text())[f"{name.title()}KappaScheduler"]
+    schedule, t = kappa_schedule(name), torch.tensor(recorded["t"])
+    torch.testing.assert_close(schedule.kappa(t), torch.tensor(recorded["kappa"]))
+    torch.testing.assert_close(schedule.derivative(t), torch.tensor(recorded["dkappa"]))
+    # 1 - kappa has few digits left near t = 1
+    torch.testing.assert_close(edit_rate(schedule, t), torch.tensor(recorded["weight"]), rtol=1e-4, atol=1e-5)
+
+
+@KAPPAS
+@given(t=times)
+def test_kappas_rise_from_0_to_1_as_their_derivatives_say(name, t):
+    schedule = kappa_schedule(name)
+    assert schedule.kappa(at(0.0, 1.0)).tolist() == pytest.approx([0.0, 1.0], abs=1e-12)
+    x = at(t).requires_grad_()
+    (slope,) = torch.autograd.grad(schedule.kappa(x).sum(), x)
+    torch.testing.assert_close(schedule.derivative(at(t)), slope)
+    assert slope.item() >= 0
+
+
+def test_an_unknown_kappa_is_refused():
+    with pytest.raises(ConfigError, match="linear, cubic, cosine"):
+        kappa_schedule("square")
