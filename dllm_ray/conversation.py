@@ -5,8 +5,9 @@ Imports what is heavy when it is needed, so that a job answers `--help` at once.
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from dllm_ray import chat, infilling
 from dllm_ray.config import read, to_dict
@@ -17,8 +18,10 @@ from dllm_ray.sampling.config import SamplerConfig
 if TYPE_CHECKING:
     from dllm_ray.models.lm import DiffusionLM
     from dllm_ray.sampling.output import SampleOutput
-    from dllm_ray.sampling.sampler import Sampler
     from dllm_ray.viz.html import ReplayRow
+
+Colour = Literal["step", "confidence"]
+"""What the colours of a drawing tell."""
 
 HELP = """\
 /reset              forget the conversation
@@ -33,12 +36,54 @@ HELP = """\
 [MASK] or [MASK:8] in a message makes it a text to fill in. Put a space before a / that begins a message."""
 
 
+class Partner(Protocol):
+    """What a conversation is held with: a model in this process, or one behind an address."""
+
+    name: str
+    """What it is called."""
+
+    def check(self, config: SamplerConfig) -> None:
+        """Makes sure that it can be sampled with these settings.
+
+        Raises:
+            ConfigError: it can't.
+        """
+        ...
+
+    def check_system(self, system: str | None) -> None:
+        """Makes sure that it takes a conversation, with this system message if there is one.
+
+        Raises:
+            DataError: it doesn't.
+        """
+        ...
+
+    def answer(self, messages: Sequence[Mapping[str, str]], config: SamplerConfig, colour: Colour | None) -> str:
+        """The next turn of a conversation; it is drawn while it is denoised, unless `colour` is None.
+
+        Raises:
+            DllmRayError: there is none.
+        """
+        ...
+
+    def fill(self, text: str, config: SamplerConfig, colour: Colour | None) -> str:
+        """A text with its gaps filled; the rest as in `answer`."""
+        ...
+
+    def replay(self, path: Path) -> None:
+        """Writes a page that replays the last answer.
+
+        Raises:
+            DllmRayError: it can't.
+        """
+        ...
+
+
 class Conversation:
     """A conversation with a model, and what its user has set.
 
     Args:
-        lm: the model.
-        path: what it is called.
+        partner: the model.
         config: how to denoise, to begin with.
         system: the system message, to begin with.
         show: how to draw answers on a terminal, to begin with.
@@ -46,19 +91,16 @@ class Conversation:
 
     def __init__(
         self,
-        lm: "DiffusionLM",
-        path: str,
+        partner: Partner,
         config: SamplerConfig,
         system: str | None = None,
         show: Literal["step", "confidence", "off"] = "step",
     ):
-        self.lm = lm
-        self.path = path
+        self.partner = partner
         self.system = system
         self.config = config
         self.show = show
         self.turns: list[dict[str, str]] = []
-        self.last: tuple[ReplayRow, dict] | None = None  # the last answer, and the settings it was made with
         self._commands = {
             "reset": self._reset,
             "undo": self._undo,
@@ -97,69 +139,16 @@ class Conversation:
         command(rest.strip())
         return True
 
-    def check(self, config: SamplerConfig) -> None:
-        """Makes sure that the model can be sampled with these settings.
-
-        Raises:
-            ConfigError: it can't.
-        """
-        from dllm_ray.sampling.sampler import Sampler
-
-        config.blocks()
-        Sampler(self.lm, config).canvases([[self.lm.spec.eos_token_id]])
-
-    # --- answers
-
     def _answer(self, text: str) -> None:
-        tokenizer, spec = self.lm.tokenizer, self.lm.spec
+        colour = self.show if self.show != "off" and is_interactive() else None
         if infilling.has_gaps(text):
-            output = self._denoise(infilling.encode_gaps(tokenizer, spec.mask_token_id, text), infill=True)
-            answer = chat.decode(tokenizer, output.sequences[0])
+            answer = self.partner.fill(text, self.config, colour)
         else:
             question = {"role": "user", "content": text}
-            output = self._denoise(chat.encode_prompt(tokenizer, [*self.messages, question]), infill=False)
-            answer = chat.decode(tokenizer, output.completions[0], spec.eot_text)
+            answer = self.partner.answer([*self.messages, question], self.config, colour)
             self.turns += [question, {"role": "assistant", "content": answer}]
-        if not self._is_drawn:
+        if colour is None:
             print(printable(answer), flush=True)
-
-    def _denoise(self, prompt: list[int], infill: bool) -> "SampleOutput":
-        """The sampler's output; it is drawn and kept for a replay."""
-        from dllm_ray.sampling.sampler import Sampler
-        from dllm_ray.viz.html import ReplayRow
-        from dllm_ray.viz.live import denoise
-
-        sampler = Sampler(self.lm, self.config)
-        canvas = self._canvas(sampler, prompt, infill)
-        output = denoise(sampler, prompt, canvas, infill, colour=self.show if self._is_drawn else None)
-        row = ReplayRow(canvas, output.commits[0], 0 if infill else len(prompt), output.sequences[0])
-        self.last = row, {"model": self.path} | to_dict(self.config)
-        return output
-
-    def _canvas(self, sampler: "Sampler", prompt: list[int], infill: bool) -> list[int]:
-        config, limit = self.config, self.lm.max_length
-        if infill:
-            if limit is not None and len(prompt) > limit:
-                raise DataError(f"the text has {len(prompt)} tokens, more than the model's context of {limit}")
-        elif config.max_new_tokens is None and len(prompt) >= config.max_length:
-            raise DataError(self._no_room(len(prompt), "an answer", f"max_length ({config.max_length})"))
-        [canvas] = sampler.canvases([prompt], infill)
-        if limit is not None and len(canvas) > limit:
-            new = f"{len(canvas) - len(prompt)} of an answer"
-            raise DataError(self._no_room(len(prompt), new, f"the model's context of {limit}"))
-        return canvas
-
-    def _no_room(self, length: int, answer: str, room: str) -> str:
-        name = "max_length" if self.config.max_new_tokens is None else "max_new_tokens"
-        begin = "/reset forgets the conversation, /undo its last question" if self.turns else "shorten the question"
-        return (
-            f"the conversation has {length} tokens: with {answer} it doesn't fit {room}. It stays as it was before "
-            f"this question: {begin}, /set {name} changes the room for an answer"
-        )
-
-    @property
-    def _is_drawn(self) -> bool:
-        return self.show != "off" and is_interactive()
 
     # --- commands
 
@@ -174,7 +163,7 @@ class Conversation:
         print(f"{len(self.turns) // 2} questions are left")
 
     def _set_system(self, text: str) -> None:
-        check_template(self.lm.tokenizer, text)
+        self.partner.check_system(text)
         self.system = text or None
         print("the system message is set" if text else "there is no system message")
 
@@ -191,7 +180,7 @@ class Conversation:
         if not value.strip():
             raise ConfigError("give a value, e.g. /set steps 64", name)
         config = read(SamplerConfig, to_dict(self.config) | {name: value.strip()}, "/set")
-        self.check(config)
+        self.partner.check(config)
         self.config = config
         print(f"{name} {json.dumps(to_dict(config)[name])}")
 
@@ -202,13 +191,8 @@ class Conversation:
         print(f"show {value}")
 
     def _write_html(self, name: str) -> None:
-        from dllm_ray.viz.html import replay
-
         path = _file(name, "/html")
-        if self.last is None:
-            raise ConfigError("there is no answer to replay yet", "/html")
-        row, settings = self.last
-        replay(path, self.lm.tokenizer, self.lm.spec, [row], "Denoising", settings)
+        self.partner.replay(path)
         print(f"replay in {path}")
 
     def _save(self, name: str) -> None:
@@ -223,6 +207,100 @@ class Conversation:
         except OSError as error:
             raise OutputError(f"{path} can't be written: {error.strerror or error}") from None
         print(f"conversation appended to {path}")
+
+
+class LocalPartner:
+    """A model in this process.
+
+    Args:
+        lm: the model.
+        name: what it is called.
+    """
+
+    def __init__(self, lm: "DiffusionLM", name: str):
+        self.lm = lm
+        self.name = name
+        self._last: tuple[ReplayRow, dict] | None = None  # the last answer, and the settings it was made with
+
+    def check(self, config: SamplerConfig) -> None:
+        """As `Partner.check`."""
+        from dllm_ray.sampling.sampler import Sampler
+
+        config.blocks()
+        Sampler(self.lm, config).canvases([[self.lm.spec.eos_token_id]])
+
+    def check_system(self, system: str | None) -> None:
+        """As `Partner.check_system`."""
+        check_template(self.lm.tokenizer, system)
+
+    def answer(self, messages: Sequence[Mapping[str, str]], config: SamplerConfig, colour: Colour | None) -> str:
+        """As `Partner.answer`."""
+        prompt = chat.encode_prompt(self.lm.tokenizer, list(messages))
+        has_turns = any(message["role"] == "assistant" for message in messages)
+        output = self._denoise(self._continued(prompt, config, has_turns), prompt, config, colour)
+        return chat.decode(self.lm.tokenizer, output.completions[0], self.lm.spec.eot_text)
+
+    def fill(self, text: str, config: SamplerConfig, colour: Colour | None) -> str:
+        """As `Partner.fill`."""
+        from dllm_ray.sampling.sampler import Sampler
+
+        row = infilling.encode_gaps(self.lm.tokenizer, self.lm.spec.mask_token_id, text)
+        limit = self.lm.max_length
+        if limit is not None and len(row) > limit:
+            raise DataError(f"the text has {len(row)} tokens, more than the model's context of {limit}")
+        [canvas] = Sampler(self.lm, config).canvases([row], infill=True)
+        output = self._denoise(canvas, row, config, colour, infill=True)
+        return chat.decode(self.lm.tokenizer, output.sequences[0])
+
+    def replay(self, path: Path) -> None:
+        """As `Partner.replay`."""
+        from dllm_ray.viz.html import replay
+
+        if self._last is None:
+            raise ConfigError("there is no answer to replay yet", "/html")
+        row, settings = self._last
+        replay(path, self.lm.tokenizer, self.lm.spec, [row], "Denoising", settings)
+
+    def _denoise(
+        self,
+        canvas: list[int],
+        prompt: list[int],
+        config: SamplerConfig,
+        colour: Colour | None,
+        infill: bool = False,
+    ) -> "SampleOutput":
+        """The sampler's output; it is drawn and kept for a replay."""
+        from dllm_ray.sampling.sampler import Sampler
+        from dllm_ray.viz.html import ReplayRow
+        from dllm_ray.viz.live import denoise
+
+        output = denoise(Sampler(self.lm, config), prompt, canvas, infill, colour=colour)
+        row = ReplayRow(canvas, output.commits[0], 0 if infill else len(prompt), output.sequences[0])
+        self._last = row, {"model": self.name} | to_dict(config)
+        return output
+
+    def _continued(self, prompt: list[int], config: SamplerConfig, has_turns: bool) -> list[int]:
+        """The canvas of an answer."""
+        from dllm_ray.sampling.sampler import Sampler
+
+        limit = self.lm.max_length
+        if config.max_new_tokens is None and len(prompt) >= config.max_length:
+            room = f"max_length ({config.max_length})"
+            raise DataError(_no_room(len(prompt), "an answer", room, "max_length", has_turns))
+        [canvas] = Sampler(self.lm, config).canvases([prompt])
+        if limit is not None and len(canvas) > limit:
+            new = f"{len(canvas) - len(prompt)} of an answer"
+            name = "max_length" if config.max_new_tokens is None else "max_new_tokens"
+            raise DataError(_no_room(len(prompt), new, f"the model's context of {limit}", name, has_turns))
+        return canvas
+
+
+def _no_room(length: int, answer: str, room: str, setting: str, has_turns: bool) -> str:
+    begin = "/reset forgets the conversation, /undo its last question" if has_turns else "shorten the question"
+    return (
+        f"the conversation has {length} tokens: with {answer} it doesn't fit {room}. It stays as it was before "
+        f"this question: {begin}, /set {setting} changes the room for an answer"
+    )
 
 
 def check_template(tokenizer, system: str | None) -> None:

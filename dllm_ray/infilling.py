@@ -22,12 +22,25 @@ def encode_gaps(tokenizer, mask_token_id: int, text: str) -> list[int]:
     Raises:
         DataError: a gap of no token, or of more than a million.
     """
-    ids: list[int] = []
-    end = 0
+    texts, gaps = split_gaps(text)
+    ids = encode_plain(tokenizer, texts[0])
+    for gap, following in zip(gaps, texts[1:], strict=True):
+        ids += [mask_token_id] * gap + encode_plain(tokenizer, following)
+    return ids
+
+
+def split_gaps(text: str) -> tuple[list[str], list[int]]:
+    """The texts around the gaps, one more than there are gaps, and how many tokens each gap has.
+
+    Raises:
+        DataError: a gap of no token, or of more than a million.
+    """
+    texts, gaps, end = [], [], 0
     for gap in _GAP.finditer(text):
-        ids += encode_plain(tokenizer, text[end : gap.start()]) + [mask_token_id] * _count(gap)
+        texts.append(text[end : gap.start()])
+        gaps.append(_count(gap))
         end = gap.end()
-    return ids + encode_plain(tokenizer, text[end:])
+    return [*texts, text[end:]], gaps
 
 
 def _count(gap: re.Match) -> int:

@@ -1,7 +1,7 @@
 """`SamplerConfig`: every setting of the denoising loop. Plain data."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dllm_ray.errors import ConfigError
@@ -179,6 +179,13 @@ class SamplerConfig:
                 f"works on policy low_confidence, not on {self.policy}: suppress_tokens forbids tokens altogether",
                 "begin_suppress_tokens",
             )
+
+    def for_length(self, new_tokens: int) -> "SamplerConfig":
+        """The same settings for answers of `new_tokens` tokens: as many tokens for each step as they had."""
+        steps = self.steps
+        if self.max_new_tokens is not None:
+            steps = min(max(-(-steps * new_tokens // self.max_new_tokens), 1), _MOST_STEPS)
+        return replace(self, max_new_tokens=new_tokens, steps=steps)
 
     def blocks(self, new_tokens: int | None = None) -> tuple[int, int]:
         """Block size and most steps in a block, for answers of `new_tokens` tokens (null: of `max_new_tokens`).

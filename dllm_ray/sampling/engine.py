@@ -113,6 +113,20 @@ class Engine:
             ConfigError: the row is longer than the model's context, names a token that the model doesn't have, or asks
                 for a cache that the model can't use.
         """
+        self.check(row)
+        plan = self._plan(row.config)
+        if any(row.open):
+            self._waiting.append((row, plan))
+        else:
+            history = torch.tensor([row.tokens]) if self.trace else None
+            self._finished.append(Finished(row.key, row.tokens, nfe=0, history=history))
+
+    def check(self, row: Row) -> None:
+        """Makes sure that a row can be admitted. Reads nothing that steps change: any thread may ask.
+
+        Raises:
+            ConfigError: as `admit`.
+        """
         limit = self.lm.max_length
         if limit is not None and len(row.tokens) > limit:
             raise ConfigError(
@@ -130,12 +144,33 @@ class Engine:
             raise ConfigError("leaves no token to write with", "suppress_tokens")
         if not -(2**63) <= row.seed < 2**63:
             raise ConfigError(f"a row's seed must fit 64 bits, got {row.seed}", "seed")
-        plan = self._plan(config)
-        if any(row.open):
-            self._waiting.append((row, plan))
-        else:
-            history = torch.tensor([row.tokens]) if self.trace else None
-            self._finished.append(Finished(row.key, row.tokens, nfe=0, history=history))
+        plan_for(self.lm, config)
+
+    @torch.inference_mode()  # the cache is made of tensors of this kind
+    def cancel(self, key: int) -> Finished | None:
+        """Takes a row out, waiting or active, between two steps. Others go on as if it had never been there.
+
+        Returns:
+            What it had come to; positions that are still open hold the end-of-text token. None: no such row is waiting
+            or active.
+        """
+        for index, (row, _) in enumerate(self._waiting):
+            if row.key == key:
+                del self._waiting[index]
+                history = torch.from_numpy(self._batch.opened(row)[None]) if self.trace else None
+                tokens = [
+                    self.lm.spec.eos_token_id if is_open else token
+                    for token, is_open in zip(row.tokens, row.open, strict=True)
+                ]
+                return Finished(key, tokens, nfe=0, history=history)
+        for place, item in enumerate(self._batch.items):
+            if item.row.key == key:
+                come_to = self._result(place)
+                gone_R = np.zeros(len(self._batch), np.bool_)
+                gone_R[place] = True
+                self._release(gone_R)
+                return come_to
+        return None
 
     @property
     def busy(self) -> bool:
@@ -372,14 +407,21 @@ class Engine:
         ]
 
     def _retire(self, done_R: np.ndarray) -> None:
-        """Takes finished rows out; rows from the end fill their places, so that the cache's slots stay together."""
+        """Takes finished rows out."""
+        self._finished += [self._result(place) for place in np.flatnonzero(done_R)]
+        self._release(done_R)
+
+    def _result(self, place: int) -> Finished:
+        """What a row has come to."""
+        batch, item = self._batch, self._batch.items[place]
+        history = torch.from_numpy(np.stack(item.history)) if self.trace else None
+        return Finished(item.row.key, batch.text(place), int(batch.state["nfe"][place]), history)
+
+    def _release(self, gone_R: np.ndarray) -> None:
+        """Frees the places of rows; rows from the end fill them, so that the cache's slots stay together."""
         batch = self._batch
-        for place in np.flatnonzero(done_R):
-            item = batch.items[place]
-            history = torch.from_numpy(np.stack(item.history)) if self.trace else None
-            self._finished.append(Finished(item.row.key, batch.text(place), int(batch.state["nfe"][place]), history))
-        count = int((~done_R).sum())
-        holes, movers = np.flatnonzero(done_R[:count]), np.flatnonzero(~done_R[count:]) + count
+        count = int((~gone_R).sum())
+        holes, movers = np.flatnonzero(gone_R[:count]), np.flatnonzero(~gone_R[count:]) + count
         is_cached = batch.state["cached"][movers]
         if is_cached.any():
             source, target = movers[is_cached], holes[is_cached]

@@ -50,7 +50,7 @@ class Sampler:
         Raises:
             ConfigError: a prompt and its answer don't fit the model's context, or steps are fewer than blocks.
         """
-        if self._is_uniform:
+        if self.is_uniform:
             seeds = self._seeds(len(prompts), seeds)
             return uniform_noise.generate(self.lm, self.config, prompts, seeds, trace, on_commit)
         new, stops = self._new_tokens(prompts), self.lm.spec.stop_token_ids
@@ -85,11 +85,11 @@ class Sampler:
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None = None, infill: bool = False
     ) -> Iterator[Commit]:
         """Like `sample` (or `infill`), but yields what each step wrote on each row, as it happens."""
-        if self._is_uniform and not infill:
+        if self.is_uniform and not infill:
             yield from uniform_noise.stream(self.lm, self.config, prompts, self._seeds(len(prompts), seeds))
             return
         engine = Engine(self.lm, self.max_rows, events=True)
-        for row in self._rows(prompts, seeds, infill):
+        for row in self.rows(prompts, seeds, infill):
             engine.admit(row)
         for row in engine.take_finished():  # nothing to write
             yield Commit(row.row, 0, [], [], [], done=True)
@@ -98,26 +98,29 @@ class Sampler:
 
     def canvases(self, prompts: Sequence[Sequence[int]], infill: bool = False) -> list[list[int]]:
         """The canvases that `sample` (or `infill`) begins with: what is given, and mask tokens."""
-        if self._is_uniform and not infill:
+        if self.is_uniform and not infill:
             return uniform_noise.canvases(self.lm, self.config, prompts)
-        return [row.tokens for row in self._rows(prompts, None, infill)]
+        return [row.tokens for row in self.rows(prompts, None, infill)]
+
+    def rows(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None = None, infill: bool = False
+    ) -> list[Row]:
+        """What `sample` (or `infill`) gives the engine, one row for each prompt; their keys are 0, 1, 2, ..."""
+        return self._gaps(prompts, seeds) if infill else self._continuations(prompts, seeds)
 
     @property
-    def _is_uniform(self) -> bool:
+    def is_uniform(self) -> bool:
         """Whether the model's noise is drawn from the whole vocabulary: transformers' own generation samples it."""
         return self.lm.spec.mask_token_id is None and hasattr(self.lm.model.config, "canvas_length")
 
     def _require_mask(self) -> None:
-        if self._is_uniform:
+        if self.is_uniform:
             raise ModelError(f"{self.lm.spec.family} has no mask token, so nothing can be filled in: give it a prompt")
         if self.lm.spec.mask_token_id is None:
             raise ModelError(
                 f"this {self.lm.spec.family} has no mask token, which denoising starts from: load it as a diffusion "
                 "model (dllm_ray.load), or convert it with jobs/convert.py"
             )
-
-    def _rows(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None, infill: bool) -> list[Row]:
-        return self._gaps(prompts, seeds) if infill else self._continuations(prompts, seeds)
 
     def _continuations(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None) -> list[Row]:
         self._require_mask()

@@ -7,8 +7,8 @@ import itertools
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, Self
 
 from rich.console import Console
 from rich.live import Live
@@ -112,33 +112,20 @@ def table(title: str, rows: Sequence[Mapping[str, object]]) -> None:
     console.print(drawn)
 
 
-class LiveCanvas:
-    """A canvas that is drawn while it is denoised: a context manager, told of every step with `update`.
+class Drawing:
+    """A canvas that is drawn while it is denoised: a context manager.
 
     Masks are drawn as ░, ends of text as ∎. On a terminal it is drawn over, and its last state stays; elsewhere every
     step is a plain line. What is still masked after the last step lies behind the end of the text, and is left blank.
 
     Args:
-        tokenizer: to spell tokens.
-        spec: knows the mask token and the tokens that end a text.
-        canvas: the canvas before the first step (`Sampler.canvases`).
-        prompt_length: tokens at the beginning that are given and not shown; given tokens after them are shown plain.
-        colour: written tokens by the step that wrote them (old blue, new orange), or by their confidence (low red,
-            high green).
+        given: positions at the beginning that are given and not shown; what is given after them is shown plain.
+        colour: what is written by the step that wrote it (old blue, new orange), or by its confidence (low red, high
+            green).
     """
 
-    def __init__(
-        self,
-        tokenizer,
-        spec: DiffusionSpec,
-        canvas: Sequence[int],
-        prompt_length: int = 0,
-        colour: Literal["step", "confidence"] = "step",
-    ):
-        self._spec = spec
-        self._speller = Speller(tokenizer, spec)
-        self._tokens = list(canvas)
-        self._prompt_length = prompt_length
+    def __init__(self, given: int = 0, colour: Literal["step", "confidence"] = "step"):
+        self._given = given
         self._colour = colour
         self._written: dict[int, tuple[int, float]] = {}  # position -> the step that wrote it, and its confidence
         self._edited: set[int] = set()
@@ -150,7 +137,22 @@ class LiveCanvas:
         self._lock = threading.Lock()  # rich draws in a thread of its own
         self._live: Live | None = None
 
-    def __enter__(self) -> "LiveCanvas":
+    def __len__(self) -> int:
+        """Positions of the canvas."""
+        raise NotImplementedError
+
+    def _texts(self) -> list[str]:
+        """What is drawn at each position."""
+        raise NotImplementedError
+
+    def _is_mask(self, position: int) -> bool:
+        raise NotImplementedError
+
+    def _is_end(self, position: int) -> bool:
+        """Whether it ends the text."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
         self._began = self._latest = time.monotonic()
         if console.is_terminal:
             self._live = Live(
@@ -167,25 +169,21 @@ class LiveCanvas:
             self._live = None
             console.print(self._text(final=True), self._status(), sep="\n")
 
-    def update(self, commit: "Commit") -> None:
-        """Takes in what a step wrote."""
-        mask = self._spec.mask_token_id
-        with self._lock:
-            for position, token, confidence in zip(commit.positions, commit.tokens, commit.confidences, strict=True):
-                if position in self._written and self._tokens[position] != mask:
-                    self._edits += 1
-                    self._edited.add(position)
-                self._tokens[position] = token
-                self._written[position] = (commit.step, confidence)
-            self._new = set(commit.positions)
-            self._steps = commit.step + 1
-            self._done = commit.done
-            self._latest = time.monotonic()
-        if self._live is None:
-            self._print_line()
+    def _wrote(self, step: int, position: int, confidence: float, is_edit: bool) -> None:
+        """Remembers that a step wrote a position."""
+        if is_edit:
+            self._edits += 1
+            self._edited.add(position)
+        self._written[position] = (step, confidence)
+
+    def _drew(self, step: int, positions: Iterable[int]) -> None:
+        """Remembers what is new."""
+        self._new = set(positions)
+        self._steps = step + 1
+        self._latest = time.monotonic()
 
     def _print_line(self) -> None:
-        text = "".join(self._texts()[self._prompt_length :]).replace("\n", LINE_BREAK)
+        text = "".join(self._texts()[self._given :]).replace("\n", LINE_BREAK)
         console.print(Text(f"step {self._steps:>3}  {text}"), soft_wrap=True)
 
     def _window(self) -> Text:
@@ -199,32 +197,23 @@ class LiveCanvas:
         return Text("\n").join([*lines[first : first + room], status])
 
     def _text(self, final: bool = False) -> Text:
-        """The whole canvas after the prompt; at last without the marks of what is new, and with one end of text."""
+        """The whole canvas after what is given; at last without the marks of what is new, and with one end of text."""
         texts = self._texts()
         if final:
-            texts = _without_tail(texts, [token in self._spec.stop_token_ids for token in self._tokens])
+            texts = _without_tail(texts, [self._is_end(position) for position in range(len(texts))])
         text = Text()
-        shown = range(self._prompt_length, len(texts))
+        shown = range(self._given, len(texts))
         for style, positions in itertools.groupby(shown, lambda position: self._style(position, mark_new=not final)):
             piece = "".join(texts[position] for position in positions)
             text.append(piece.replace("\n", LINE_BREAK + "\n"), style=style)
         return text
-
-    def _texts(self) -> list[str]:
-        """The text of each token."""
-        texts = self._speller.spell(self._tokens)
-        if not self._done:
-            return texts
-        mask = self._spec.mask_token_id
-        return ["" if token == mask else text for text, token in zip(texts, self._tokens, strict=True)]
 
     def _style(self, position: int, mark_new: bool) -> str:
         style = self._colours(position)
         return f"{style}{_NEW}".strip() if mark_new and position in self._new else style
 
     def _colours(self, position: int) -> str:
-        token = self._tokens[position]
-        if token == self._spec.mask_token_id or token in self._spec.stop_token_ids:
+        if self._is_mask(position) or self._is_end(position):
             return "dim"
         if position not in self._written:
             return ""
@@ -236,7 +225,7 @@ class LiveCanvas:
         return f"{colour} underline" if position in self._edited else colour
 
     def _status(self) -> Text:
-        masks = 0 if self._done else self._tokens.count(self._spec.mask_token_id)
+        masks = 0 if self._done else sum(map(self._is_mask, range(len(self))))
         tokens = self._text_tokens()
         seconds = max(self._latest - self._began, 1e-9)
         parts = [f"step {self._steps}", f"{masks} masks left"]
@@ -250,12 +239,60 @@ class LiveCanvas:
 
     def _text_tokens(self) -> int:
         """Written tokens before the end of the text, as `SampleOutput` counts them."""
-        stops = self._spec.stop_token_ids
-        end = min((position for position in self._written if self._tokens[position] in stops), default=None)
-        return sum(
-            self._tokens[position] != self._spec.mask_token_id and (end is None or position < end)
-            for position in self._written
-        )
+        end = min(filter(self._is_end, self._written), default=None)
+        return sum(not self._is_mask(position) and (end is None or position < end) for position in self._written)
+
+
+class LiveCanvas(Drawing):
+    """The drawing of a model's canvas, told of every step with `update`.
+
+    Args:
+        tokenizer: to spell tokens.
+        spec: knows the mask token and the tokens that end a text.
+        canvas: the canvas before the first step (`Sampler.canvases`).
+        prompt_length: tokens at the beginning that are given and not shown; given tokens after them are shown plain.
+        colour: as in `Drawing`.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        spec: DiffusionSpec,
+        canvas: Sequence[int],
+        prompt_length: int = 0,
+        colour: Literal["step", "confidence"] = "step",
+    ):
+        super().__init__(prompt_length, colour)
+        self._spec = spec
+        self._speller = Speller(tokenizer, spec)
+        self._tokens = list(canvas)
+
+    def update(self, commit: "Commit") -> None:
+        """Takes in what a step wrote."""
+        with self._lock:
+            for position, token, confidence in zip(commit.positions, commit.tokens, commit.confidences, strict=True):
+                is_edit = position in self._written and not self._is_mask(position)
+                self._tokens[position] = token
+                self._wrote(commit.step, position, confidence, is_edit)
+            self._done = commit.done
+            self._drew(commit.step, commit.positions)
+        if self._live is None:
+            self._print_line()
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def _texts(self) -> list[str]:
+        texts = self._speller.spell(self._tokens)
+        if not self._done:
+            return texts
+        return ["" if self._is_mask(position) else text for position, text in enumerate(texts)]
+
+    def _is_mask(self, position: int) -> bool:
+        return self._tokens[position] == self._spec.mask_token_id
+
+    def _is_end(self, position: int) -> bool:
+        return self._tokens[position] in self._spec.stop_token_ids
 
 
 def _without_tail(texts: list[str], ends: Sequence[bool]) -> list[str]:

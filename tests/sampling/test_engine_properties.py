@@ -99,7 +99,7 @@ def gaps(draw, mask: int) -> list[int]:
 def rows_of(
     lm: DiffusionLM, config: SamplerConfig, texts: list[list[int]], seeds: list[int], infill: bool
 ) -> list[Row]:
-    return Sampler(lm, config)._rows(texts, seeds, infill)
+    return Sampler(lm, config).rows(texts, seeds, infill)
 
 
 def finish(engine: Engine) -> tuple[dict[int, Finished], list[Commit]]:
