@@ -20,6 +20,9 @@ quickstart: install
 	$(BIN)/python jobs/evaluate.py --config configs/evaluate/digits.yaml --model.path $(OUT)/final \
 	  --output_dir $(OUT)/evaluate
 
+# One torch thread for each process: several processes with as many threads as there are cores wait for each other.
+test test-fast: export OMP_NUM_THREADS = 1
+
 test: install
 	$(BIN)/python -m pytest -n 3 --dist loadfile --max-worker-restart 0
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dllm_ray.config import parse
+from dllm_ray.config import parse, to_dict
 from dllm_ray.errors import DllmRayError
 from dllm_ray.output import printable
 
@@ -52,7 +52,13 @@ def print_error(error: DllmRayError) -> None:
 
 def _sampler_of_the_model(given: Mapping[str, Any]) -> dict[str, Any]:
     """The sampler settings that come with the chosen model; settings of the user's own override them."""
-    path = given.get("model.path")
+    url, path = given.get("url"), given.get("model.path")
+    if isinstance(url, str) and path is None:
+        from dllm_ray.serving.client import Client
+        from dllm_ray.serving.partner import settings_of
+
+        with Client(url) as client:
+            return to_dict(settings_of(client.model(given.get("served_model"))))
     if not isinstance(path, str) or not path:
         return {}
     from dllm_ray.models.defaults import sampler_settings

@@ -54,6 +54,25 @@ class EvaluationError(DllmRayError):
     """A task or its data can't be evaluated."""
 
 
+class ServerError(DllmRayError):
+    """A server can't be reached, refuses a request, or breaks off its answer.
+
+    Args:
+        message: what is wrong and what to do.
+        status: the HTTP status; None: there was no answer, or it was cut off.
+        code: the server's own word for it.
+        retry_after_s: when it asks to be tried again.
+    """
+
+    def __init__(
+        self, message: str, status: int | None = None, code: str | None = None, retry_after_s: float | None = None
+    ):
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+
 def first_line(error: BaseException) -> str:
     """What an exception of a library says, short enough for a message of ours: its first line that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -446,11 +446,14 @@ def fetch_model(model: str, uri: str | None) -> Path:
     Raises:
         OutputError: it can't be fetched.
     """
-    uri, _ = _registry(uri)
+    uri, client = _registry(uri)
     from mlflow.artifacts import download_artifacts
 
+    name, _, version = model.partition(":/")[2].rpartition("/")
     with _patient(uri):
-        return Path(download_artifacts(artifact_uri=model, tracking_uri=uri))
+        # by itself MLflow would look for the model in a registry of its own settings
+        where = client.get_model_version_download_uri(name, version)
+        return Path(download_artifacts(artifact_uri=where, tracking_uri=uri))
 
 
 def _registry(uri: str | None):

@@ -5,6 +5,9 @@
     python jobs/benchmark.py sample
     python jobs/benchmark.py sample --model.path MODEL_DIR --batch_sizes '[1, 8, 32]' --json figures.json --mlflow true
     python jobs/benchmark.py likelihood --lengths '[[96, 32]]' --likelihood.mc_num 32 --threads 1
+    python jobs/benchmark.py serve
+    python jobs/benchmark.py serve --clients '[1, 8, 32]' --rates '[4.0]' --load.spread 1.0 --json figures.json
+    python jobs/benchmark.py serve --url http://127.0.0.1:8000 --served_model digits
 
 train: tokens per second (without padding) and peak memory of the training loop under Ray Train with one worker, of the
 same loop without Ray, and of a bare PyTorch loop that pads rows to the longest of their batch and computes the logits
@@ -19,22 +22,31 @@ likelihood: for each length of prefix and target, log-likelihoods estimated per 
 requests over the time of its forwards, run again by themselves; and beside it the time of a call for each request, and
 of forwards that compute every position's logits for one request at a time. Sizes default to
 configs/benchmark/likelihood.yaml, with random weights.
+
+serve: a server under load, from clients that ask again when they are answered and from requests that come at a rate:
+tokens per second, over those of an engine that answers the same requests alone in as large a batch, and percentiles of
+the time to an answer's end, to its first text (`/ at rest`: the 99th over that of one client) and between texts. Engine
+and loads take turns. The server is jobs/serve.py's, `--server local` one without Ray, or that of `--url`. Sizes default
+to configs/benchmark/serve.yaml, with random weights.
 """
 
+import asyncio
 import json
 import os
 import statistics
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 # a checkout need not be installed; and beside this file `evaluate` would hide Hugging Face's package of that name
 sys.path[0 : __name__ == "__main__"] = [str(Path(__file__).resolve().parents[1])]
 
 from dllm_ray.cli import run_job
-from dllm_ray.config import check_seed, to_dict
+from dllm_ray.config import check_seed, read, to_dict
 from dllm_ray.data.config import DataConfig
 from dllm_ray.errors import ConfigError
 from dllm_ray.evaluation.config import LikelihoodConfig
@@ -42,8 +54,14 @@ from dllm_ray.models.config import LoRAConfig, ModelConfig
 from dllm_ray.objectives.config import ObjectiveConfig
 from dllm_ray.output import complete_file, writable_folder
 from dllm_ray.sampling.config import SamplerConfig
+from dllm_ray.serving.limits import Limits
+from dllm_ray.serving.load import LoadConfig
 from dllm_ray.tracking import TrackingConfig
 from dllm_ray.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from dllm_ray.serving.load import Question, Run
+    from dllm_ray.serving.speed import EngineAlone
 
 OURS, ALONE, BARE = "under Ray Train", "the same loop alone", "bare loop, all logits"
 
@@ -368,6 +386,231 @@ def benchmark_likelihood(job: LikelihoodBenchmark) -> None:
             json.dump({"where": where, "settings": to_dict(job), "rows": rows}, file, indent=2)
 
 
+@dataclass
+class ServeBenchmark:
+    """Settings of jobs/benchmark.py serve."""
+
+    server: Literal["ray", "local"] = "ray"
+    """ray: started as jobs/serve.py does, on the cluster of RAY_ADDRESS or a Ray of its own; local: in one process,
+    without Ray."""
+    url: str | None = None
+    """Address of a server that is running, in place of one that is started here; there is no engine beside it."""
+    served_model: str | None = None
+    """With `url`: the name of the model there; null: the only one."""
+    clients: list[int] = field(default_factory=lambda: [1, 8])
+    """Closed loops: so many clients, each of which asks again when it is answered; 1 is the server at rest, with which
+    latencies are compared."""
+    rates: list[float] = field(default_factory=list)
+    """Open loops: so many requests per second on average, arriving as a Poisson process."""
+    stream: list[bool] = field(default_factory=lambda: [True])
+    """Whether texts are sent while they are written; both measures both."""
+    variants: dict[str, dict[str, Any]] = field(default_factory=lambda: {"as served": {}})
+    """Sampler settings that requests change, by a name for the table."""
+    rounds: int = 2
+    """How often engine and loads take turns; all turns count."""
+    threads: int | None = None
+    """torch threads of the engine and of the server on a CPU, one after the other; null: all cores."""
+    json: str | None = None
+    """File to write the figures to."""
+    seed: int = 0
+    """Seeds the weights."""
+    load: LoadConfig = field(default_factory=LoadConfig)
+    """What is asked."""
+    limits: Limits = field(default_factory=Limits)
+    """Of the server that is started."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model; random weights of the sizes of `model.scratch` when `model.path` is null."""
+    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(steps=32, eos_early_stop=False))
+    """How it denoises. The lengths of answers are those of `load`; `steps` are those of one of mean length, and longer
+    ones have more. With `url`: what is set here is asked of the server."""
+
+    def __post_init__(self):
+        check_seed(self.seed)
+        for name in ("rounds", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"must be at least 1, got {value}", name)
+        if any(number < 1 for number in self.clients):
+            raise ConfigError(f"expected numbers of at least 1, got {self.clients}", "clients")
+        if any(not rate > 0 for rate in self.rates):
+            raise ConfigError(f"expected numbers above 0, got {self.rates}", "rates")
+        if not self.clients and not self.rates:
+            raise ConfigError("give numbers of clients, or rates", "clients")
+        for name in ("stream", "variants"):
+            if not getattr(self, name):
+                raise ConfigError("expected at least one", name)
+        if self.url is None and self.served_model is not None:
+            raise ConfigError("needs a url: it names a model of a server", "served_model")
+        if self.url is not None and self.model.path is not None:
+            raise ConfigError("give model.path or url, not both", "model.path")
+        check_file(self.json, "json")
+        for name, changes in self.variants.items():
+            changed(self.sampler, changes, f"variants.{name}")
+
+
+@dataclass
+class Served:
+    """What `ServeBenchmark` measures."""
+
+    url: str
+    """Of the server."""
+    name: str
+    """Of the model."""
+    vocabulary: list[int] | None = None
+    """Tokens that prompts are made of; None: prompts are words."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Sampler settings that every request changes."""
+    engine: "EngineAlone | None" = None
+    """To be compared with."""
+    sampler: SamplerConfig | None = None
+    """The engine's settings."""
+
+
+def benchmark_serve(job: ServeBenchmark) -> None:
+    from dllm_ray.serving.load import Run, compare, questions
+    from dllm_ray.viz.terminal import table
+
+    runs: dict[tuple[str, str, int | float, bool], Run] = {}  # variant, kind of load, how much, streamed
+    with _served_by_url(job) if job.url is not None else _served_here(job) as served:
+        asked = questions(job.load, served.vocabulary)
+        for turn in range(-1, job.rounds):  # the first one warms up
+            for variant, changes in job.variants.items():
+                for kind, run in _turn(job, served, asked, changes):
+                    if turn >= 0:
+                        runs.setdefault((variant, *kind), Run()).add(run)
+            print(f"round {turn + 1}/{job.rounds} done" if turn >= 0 else "warmed up", file=sys.stderr)
+    figures = [
+        {"settings": variant, "load": kind, "amount": amount, "stream": stream} | run.figures()
+        for (variant, kind, amount, stream), run in runs.items()
+    ]
+    compare(figures)
+    where = job.url or f"{_where(job.threads or os.cpu_count())}, {job.model.dtype}"
+    for variant in job.variants:
+        table(f"serving on {where}: {variant}", [_row(item) for item in figures if item["settings"] == variant])
+    if job.json:
+        with complete_file(Path(job.json)) as file:
+            json.dump({"where": where, "settings": to_dict(job), "rows": figures}, file, indent=2)
+
+
+@contextmanager
+def _served_by_url(job: ServeBenchmark) -> Iterator[Served]:
+    from dllm_ray.serving.client import Client
+    from dllm_ray.serving.partner import settings_of
+
+    with Client(job.url) as client:
+        facts = client.model(job.served_model)
+    own, asked = to_dict(settings_of(facts)), to_dict(job.sampler)
+    changes = {name: value for name, value in asked.items() if value != own[name]}
+    yield Served(job.url, facts.name, changes=changes)
+
+
+@contextmanager
+def _served_here(job: ServeBenchmark) -> Iterator[Served]:
+    from dllm_ray.models import load
+    from dllm_ray.serving import speed
+
+    threads, sampler = job.threads or os.cpu_count(), replace(job.sampler, max_new_tokens=round(job.load.new_tokens))
+    with ExitStack() as stack:
+        if job.model.path is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            vocabulary, others = speed.random_model(job.model, job.seed, folder)
+            model, sampler = replace(job.model, path=str(folder)), replace(sampler, suppress_tokens=tuple(others))
+        else:
+            load.check_path(job.model.path)
+            tokenizer, spec, _ = load.open_tokenizer(job.model.path)
+            special = {*tokenizer.all_special_ids, spec.mask_token_id}
+            vocabulary = [token for token in range(len(tokenizer)) if token not in special]
+            model = job.model
+        engine = stack.enter_context(speed.EngineAlone(model, threads))
+        if job.server == "local":
+            server = speed.serving_locally("benchmark", model, sampler, job.limits, threads)
+        else:
+            server = _serving_on_ray(model, sampler, job.limits, threads)
+        yield Served(stack.enter_context(server), "benchmark", vocabulary, engine=engine, sampler=sampler)
+
+
+@contextmanager
+def _serving_on_ray(model: ModelConfig, sampler: SamplerConfig, limits: Limits, threads: int | None) -> Iterator[str]:
+    """The address of a server as jobs/serve.py starts it."""
+    import socket
+
+    from dllm_ray import cluster
+    from dllm_ray.serving import server
+    from dllm_ray.serving.config import ServeConfig, ServedModel
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    loaded = {name: value for name, value in to_dict(model).items() if name != "scratch"}
+    served = ServedModel(name="benchmark", sampler=to_dict(sampler), threads=threads, **loaded)
+    config = ServeConfig(name="benchmark", port=port, model=served, limits=limits)
+    with cluster.connect(2):
+        address = server.start(config, alone=not os.environ.get("RAY_ADDRESS"))
+        try:
+            yield address
+        finally:
+            server.stop(config)
+
+
+def _turn(
+    job: ServeBenchmark, served: Served, asked: "list[Question]", changes: dict[str, Any]
+) -> "Iterator[tuple[tuple[str, float, bool], Run]]":
+    """Each measurement of some settings, once: its kind, how much load, whether streamed; and what came of it."""
+    from dllm_ray.serving.client import AsyncClient
+    from dllm_ray.serving.load import asker, closed_loop, open_loop
+
+    async def put(loop: Callable[..., Awaitable], amount: float, stream: bool) -> "Run":
+        async with AsyncClient(served.url) as client:
+            return await loop(asker(client, served.name, served.changes | changes, stream), asked, amount)
+
+    for amount in job.clients:
+        if served.engine is not None:
+            yield (
+                ("engine", amount, False),
+                served.engine.run(asked, changed(served.sampler, changes), amount, scales="steps" not in changes),
+            )
+        for stream in job.stream:
+            yield ("clients", amount, stream), asyncio.run(put(closed_loop, amount, stream))
+    for rate in job.rates:
+        for stream in job.stream:
+            yield ("rate", rate, stream), asyncio.run(put(open_loop, rate, stream))
+
+
+def changed(sampler: SamplerConfig, changes: dict[str, Any], where: str = "variants") -> SamplerConfig:
+    """Sampler settings with some changes."""
+    return read(SamplerConfig, to_dict(sampler) | changes, where)
+
+
+def _row(item: dict[str, Any]) -> dict[str, str]:
+    """A measurement of `ServeBenchmark` as a line of its table; times in milliseconds. `text` is the time to the first
+    text, `/ at rest` its 99th percentile over that of one client, `next` the time between texts."""
+    names = {
+        "engine": "engine of {:g}",
+        "clients": "{:g} client" + "s" * (item["amount"] != 1),
+        "rate": "{:g} a second",
+    }
+
+    def milliseconds(name: str, *percentiles: str) -> str:
+        found = None if item["load"] == "engine" else item[name]
+        return "/".join(f"{1000 * found[percentile]:.0f}" for percentile in percentiles) if found else ""
+
+    def ratio(name: str) -> str:
+        return f"{item[name]:.2f}" if name in item else ""
+
+    errors = ", ".join(f"{count} {error}" for error, count in item["errors"].items())
+    return {
+        "load": names[item["load"]].format(item["amount"]),
+        "sent": "" if item["load"] == "engine" else "streamed" if item["stream"] else "whole",
+        "tokens/s": f"{item['tokens_per_s']:,.1f}",
+        "/ engine": ratio("of_engine"),
+        "/ 1 client": ratio("over_one_client"),
+        "end p50/95/99": milliseconds("end", "p50", "p95", "p99"),
+        "text p50/99": milliseconds("first_text", "p50", "p99"),
+        "/ at rest": ratio("first_text_over_rest"),
+        "next p50": milliseconds("between_texts", "p50"),
+        "errors": "" if item["load"] == "engine" else errors or "0",
+    }
+
+
 def _log(job: SampleBenchmark, output_dir: Path, rows: list[dict[str, Any]]) -> None:
     from dllm_ray import tracking
 
@@ -385,6 +628,7 @@ if __name__ == "__main__":
         "train": (TrainBenchmark, benchmark_train),
         "sample": (SampleBenchmark, benchmark_sample),
         "likelihood": (LikelihoodBenchmark, benchmark_likelihood),
+        "serve": (ServeBenchmark, benchmark_serve),
     }
     if kind in ("-h", "--help"):
         kind, arguments = "train", ["--help"]

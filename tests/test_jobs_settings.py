@@ -12,13 +12,12 @@ from dllm_ray.cli import run_job
 from dllm_ray.config import leaf_types, parse
 
 ROOT = Path(__file__).resolve().parents[1]
-SFT, PRETRAIN, SAMPLE, CHAT, EVALUATE, SWEEP, COMPARE, CONVERT, BENCHMARK, SAMPLE_BENCHMARK, LIKELIHOOD_BENCHMARK = (
-    jobs
-) = (
+SFT, PRETRAIN, SAMPLE, CHAT, SERVE, EVALUATE, SWEEP, COMPARE, CONVERT, BENCHMARK, *OTHER_BENCHMARKS = jobs = (
     ("sft", "SFTJob"),
     ("pretrain", "PretrainJob"),
     ("sample", "SampleJob"),
     ("chat", "ChatJob"),
+    ("serve", "ServeConfig"),
     ("evaluate", "EvaluateJob"),
     ("sweep", "SweepJob"),
     ("compare", "CompareJob"),
@@ -26,12 +25,15 @@ SFT, PRETRAIN, SAMPLE, CHAT, EVALUATE, SWEEP, COMPARE, CONVERT, BENCHMARK, SAMPL
     ("benchmark", "TrainBenchmark"),
     ("benchmark", "SampleBenchmark"),
     ("benchmark", "LikelihoodBenchmark"),
+    ("benchmark", "ServeBenchmark"),
 )
+SAMPLE_BENCHMARK, LIKELIHOOD_BENCHMARK, SERVE_BENCHMARK = OTHER_BENCHMARKS
 SMALLEST = {
     SFT: ["--data.path", "chats.jsonl"],
     PRETRAIN: ["--data.path", "book.txt"],
     SAMPLE: ["--model.path", "m", "--prompt", "hi"],
     CHAT: ["--model.path", "m"],
+    SERVE: ["--model.path", "m"],
     EVALUATE: ["--model.path", "m"],
     SWEEP: ["--model.path", "m"],
     COMPARE: ["--tracking.uri", "sqlite:///x.db"],
@@ -39,13 +41,20 @@ SMALLEST = {
     BENCHMARK: [],
     SAMPLE_BENCHMARK: [],
     LIKELIHOOD_BENCHMARK: [],
+    SERVE_BENCHMARK: [],
 }
 """The options without which a job can't know what to do."""
-OF_FILE = {"benchmark/sample.yaml": SAMPLE_BENCHMARK, "benchmark/likelihood.yaml": LIKELIHOOD_BENCHMARK}
+OF_FILE = {
+    "benchmark/sample.yaml": SAMPLE_BENCHMARK,
+    "benchmark/likelihood.yaml": LIKELIHOOD_BENCHMARK,
+    "benchmark/serve.yaml": SERVE_BENCHMARK,
+    "benchmark/serve_vocabulary.yaml": SERVE_BENCHMARK,
+}
 """The jobs of settings files that aren't the first job of their folder's name."""
 NEEDS = {name: ["--data.path", "x"] for name in ("gsm8k_tiny.yaml", "gsm8k.yaml", "tiny.yaml")} | {
     name: ["--model.path", "m"] for name in ("parallelism.yaml", "eos.yaml")
 }
+NEEDS["several.yaml"] = ["--insecure", "true"]  # or keys, in the environment
 """The options that a settings file leaves to the user."""
 
 
@@ -180,5 +189,5 @@ def test_a_benchmark_of_unknown_kind_is_refused():
     done = python("jobs/benchmark.py", "fly")
     assert (done.returncode, done.stderr) == (
         2,
-        "error: benchmark 'fly' is unknown; expected one of train, sample, likelihood\n",
+        "error: benchmark 'fly' is unknown; expected one of train, sample, likelihood, serve\n",
     )

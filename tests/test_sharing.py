@@ -143,12 +143,15 @@ def test_dying_workers_are_told_to_all_callers_now_and_later(share, callers):
     pool, desk = share(2), Desk()
 
     def die(_lm):
-        desk.allow()
         raise Death
 
     waiting = callers(pool, desk, named("a", 1))
     desk.wait_for(1)
-    for caller in (callers(pool, die, [()]), waiting, callers(pool, desk, named("c", 1))):
+    dying = callers(pool, die, [()])
+    until(lambda: len(pool._callers) == 2 and not pool._callers[-1].todo)
+    time.sleep(0.2)  # it has died by now, or else what waits may end well
+    desk.allow()
+    for caller in (dying, waiting, callers(pool, desk, named("c", 1))):
         with pytest.raises(ResourceError, match="workers keep dying"):
             caller.result(PATIENCE_S)
 

@@ -36,6 +36,8 @@ class Call:
     """Send `Text` events while texts are written; else only `Done` events."""
     canvas: bool = False
     """Send `Canvas` events as well."""
+    spelled: bool = False
+    """Tell the tokens of texts, and their confidences; spelling them takes a while."""
     deadline: float | None = None
     """Time (`time.time()`) by which it must be answered; None: no limit."""
 
@@ -48,7 +50,7 @@ class Text:
     """Which of the `n` texts."""
     text: str
     tokens: tuple[str, ...] = ()
-    """The tokens that it is made of, as text."""
+    """The tokens that it is made of, as text; of a call with `spelled`."""
     confidences: tuple[float, ...] = ()
     """What the policy measured of each when it was committed."""
 
@@ -88,7 +90,7 @@ class Done:
     seed: int
     """Row seed that it was drawn with."""
     tokens: tuple[str, ...] = ()
-    """Its tokens as text."""
+    """Its tokens as text; of a call with `spelled`."""
     confidences: tuple[float, ...] = ()
 
 
@@ -123,4 +125,4 @@ class ModelFacts:
     """Whether it has a chat template."""
     can_infill: bool
     sampler: Mapping[str, Any]
-    """Its sampler settings, which calls may change."""
+    """Its sampler settings, as far as calls may change them; `max_new_tokens` by `max_tokens`."""

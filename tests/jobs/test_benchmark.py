@@ -35,7 +35,7 @@ def test_three_loops_are_measured_and_compared(tmp_path):
 def test_an_unknown_benchmark_is_refused():
     done = benchmark("trian")
     assert done.returncode == 2
-    assert done.stderr == "error: benchmark 'trian' is unknown; expected one of train, sample, likelihood\n"
+    assert done.stderr == "error: benchmark 'trian' is unknown; expected one of train, sample, likelihood, serve\n"
 
 
 @pytest.mark.slow
@@ -71,6 +71,29 @@ def test_likelihoods_are_measured_beside_their_forwards(tmp_path):
         assert min(row[name] for name in ("requests_per_s", "ratio", "one_by_one", "all_logits")) > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("server", ["local", "ray"])
+def test_a_server_is_measured_beside_its_engine(tmp_path, server):
+    path = tmp_path / "figures.json"
+    small = ["--load.requests", "4", "--load.new_tokens", "8", "--sampler.steps", "8", "--rounds", "1"]
+    small += ["--model.scratch.hidden_size", "32", "--model.scratch.num_hidden_layers", "1", "--threads", "1"]
+    small += ["--rates", "[20.0]", "--clients", "[1, 2]", "--stream", "[true, false]", "--json", str(path)]
+    done = benchmark("serve", *small, "--server", server, "--variants", "{plain: {}, few: {steps: 4}}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    for name, nfe in (("plain", 8), ("few", 4)):
+        found = {(row["load"], row["amount"], row["stream"]): row for row in rows if row["settings"] == name}
+        loads = (("clients", 1), ("clients", 2), ("rate", 20))
+        both = {(load, amount, stream) for load, amount in loads for stream in (False, True)}
+        assert set(found) == both | {("engine", 1, False), ("engine", 2, False)}
+        for row in found.values():
+            assert (row["requests"], row["tokens"], row["errors"]) == (4, 32, {}) and row["tpf"] == 8 / nfe
+        load = found["clients", 2, True]
+        assert load["of_engine"] == pytest.approx(load["tokens_per_s"] / found["engine", 2, False]["tokens_per_s"])
+        assert 0 < load["first_text"]["p50"] <= load["end"]["p99"] and load["first_text_over_rest"] > 0
+    assert "serving on 1 CPU threads, float32: few" in done.stdout and "2 clients" in done.stdout
+
+
 def test_an_unknown_algorithm_is_refused():
     done = benchmark("sample", "--algorithms", "[mdlm, duel]")
     assert done.returncode == 2
@@ -84,6 +107,12 @@ def test_an_unknown_algorithm_is_refused():
         (("train", "--json", "."), "json: '.' can't be written"),
         (("sample", "--algorithms", "[]"), "algorithms: expected some of mdlm,"),
         (("likelihood", "--lengths", "[[5, 0]]"), "lengths: expected pairs of numbers of at least 1"),
+        (("serve", "--clients", "[0]"), "clients: expected numbers of at least 1, got [0]"),
+        (("serve", "--clients", "[]"), "clients: give numbers of clients, or rates"),
+        (("serve", "--rates", "[0]"), "rates: expected numbers above 0"),
+        (("serve", "--stream", "[]"), "stream: expected at least one"),
+        (("serve", "--variants", "{a: {stepz: 1}}"), "variants.a: unknown key 'stepz'; did you mean steps?"),
+        (("serve", "--url", "http://127.0.0.1:9"), "no server answers at http://127.0.0.1:9/v1"),
     ],
 )
 def test_what_would_be_found_wrong_after_measuring_is_refused_before(words, said):
