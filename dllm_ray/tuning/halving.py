@@ -12,7 +12,8 @@ class DocumentHalving(AsyncHyperBandScheduler):
 
     Ray restores trials after a kill, but not what schedulers know. So rungs and decisions are kept in a file, and a
     sweep that goes on drops settings as it would have done. A trial that begins again reports what it had reported
-    before the kill, and is told the same.
+    before the kill, and is told the same. A trial that Ray had not yet written down when the kill came is forgotten:
+    the searcher draws another in its place.
 
     Args:
         file: for the rungs; gone on with when it is there.
@@ -33,6 +34,12 @@ class DocumentHalving(AsyncHyperBandScheduler):
         self._file = Path(file)
         self._is_read = False
         self._decided: dict[str, dict[str, str]] = {}  # trial -> documents -> whether it goes on
+        self._trials: set[str] = set()
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Learns of a trial, new or restored."""
+        self._trials.add(trial.trial_id)
+        super().on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Whether the trial goes on."""
@@ -57,9 +64,12 @@ class DocumentHalving(AsyncHyperBandScheduler):
         self._is_read = True
         if self._file.is_file():
             known = json.loads(self._file.read_text(encoding="utf-8"))
-            self._decided = known["decided"]
+            self._decided = self._restored(known["decided"])
             for (_, recorded), before in zip(self._rungs, known["rungs"], strict=True):
-                recorded.update(before)
+                recorded.update(self._restored(before))
+
+    def _restored(self, of_trials: dict[str, Any]) -> dict[str, Any]:
+        return {trial: kept for trial, kept in of_trials.items() if trial in self._trials}
 
     def _write(self) -> None:
         known = {"rungs": [recorded for _, recorded in self._rungs], "decided": self._decided}

@@ -31,8 +31,7 @@ class Tune:
             self.over.pop(trial, None)
         self.scheduler = DocumentHalving(str(self._file), FIRST, REDUCTION, DOCUMENTS)
         for trial in self._scores:
-            if trial not in self.over:
-                self.scheduler.on_trial_add(None, SimpleNamespace(trial_id=trial))
+            self.scheduler.on_trial_add(None, SimpleNamespace(trial_id=trial))
         for trial in self._scores:
             if trial not in self.over:
                 again, self.reached[trial] = self.reached[trial], 0
@@ -140,6 +139,18 @@ def test_a_setting_whose_drop_was_not_written_down_before_a_kill_stays_dropped(t
     tune.begin(forgotten=["b"])
     tune.run(["b"] * 4)
     assert tune.over == {"b": 2}
+
+
+def test_a_setting_that_ray_had_not_written_down_before_a_kill_is_forgotten(tmp_path):
+    file = tmp_path / "rungs"
+    assert drops(file, {"a": 0.5, "lost": 0.9}, [("a", 10), ("lost", 10)]) == [GOES_ON, GOES_ON]
+    scheduler = DocumentHalving(str(file), 10, 2, 100)
+    for name in ("a", "c"):
+        scheduler.on_trial_add(None, SimpleNamespace(trial_id=name))
+    result = {"score": 0.6, "documents": 10}
+    assert scheduler.on_trial_result(None, SimpleNamespace(trial_id="c"), result) == GOES_ON
+    known = json.loads(file.read_text())
+    assert known["decided"].keys() == {"a", "c"} and known["rungs"][-1].keys() == {"a", "c"}
 
 
 def test_a_failed_setting_that_is_tried_again_counts_once(tmp_path):
