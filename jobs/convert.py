@@ -5,6 +5,7 @@
     python jobs/convert.py --model.path OUT --to original --output_dir BACK   # and back, bit for bit
     python jobs/convert.py --model.path QWEN3 --to mdlm --output_dir OUT  # any decoder or encoder to a diffusion model
     python jobs/convert.py --model.path QWEN3 --to bd3lm --block_size 32 --output_dir OUT
+    python jobs/convert.py --model.path MODEL --to editflow --output_dir OUT  # any of them, to a model that edits
     python jobs/convert.py --model.path MODEL --model.adapter LORA --output_dir MERGED
     python jobs/convert.py --model.path CHECKPOINT --output_dir OUT       # of a training run, also in several parts
 
@@ -38,14 +39,17 @@ class ConvertJob:
     """The directory to make."""
     describe: str | None = None
     """Print what a model directory or hub id is, and stop."""
-    to: Literal["native", "mdlm", "bd3lm", "original"] = "native"
+    to: Literal["native", "mdlm", "bd3lm", "editflow", "original"] = "native"
     """native: the transformers architecture, to be used as the checkpoint was trained; mdlm, bd3lm: the same, to be
-    trained with full or with block-causal attention; original: the layout that the family publishes."""
+    trained with full or with block-causal attention; editflow: the same with edit heads, to be trained to insert,
+    delete and substitute; original: the layout that the family publishes."""
     block_size: int = 32
     """Positions in a block, for bd3lm."""
     shift_logits: bool | None = None
     """Whether the logits at a position are to predict the token to its right, as an autoregressive model's do; null: as
     the checkpoint says, false for an ordinary model."""
+    edit_time: bool = False
+    """Of editflow: the edit heads are told the time, so that rates may depend on more than the sequence."""
     overwrite: bool = False
     """Replace `output_dir` if it exists."""
     shard_gb: float = 4.0
@@ -62,6 +66,8 @@ class ConvertJob:
             raise ConfigError("name the directory to make", "output_dir")
         if self.model.quantization is not None:
             raise ConfigError("has no effect here: weights are quantized while they are loaded", "model.quantization")
+        if self.edit_time and self.to != "editflow":
+            raise ConfigError("only --to editflow makes edit heads", "edit_time")
         if self.block_size < 1:
             raise ConfigError(f"must be at least 1, got {self.block_size}", "block_size")
         if not self.shard_gb > 0:
@@ -97,7 +103,8 @@ def main(job: ConvertJob) -> None:
     path, adapter, shard_bytes = job.model.path, job.model.adapter, int(job.shard_gb * 1e9)
     if adapter is None and is_adapter(path):
         path, adapter = base_of(path), path
-    target = convert.Target("native" if job.to == "original" else job.to, job.block_size, job.shift_logits)
+    objective = "native" if job.to == "original" else job.to
+    target = convert.Target(objective, job.block_size, job.shift_logits, job.edit_time)
     output_dir = Path(job.output_dir).expanduser().resolve()
     if output_dir.is_dir() and any(output_dir.iterdir()) and not any((output_dir / name).is_file() for name in _MODELS):
         raise OutputError(f"{output_dir} exists and holds no model, so it isn't replaced; name another --output_dir")

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from dllm_ray.errors import ModelError, first_line
-from dllm_ray.models import families
+from dllm_ray.models import edit_heads, families
 from dllm_ray.models.checkpoint import Checkpoint, read_json, whole
 from dllm_ray.models.config import LoRAConfig
 from dllm_ray.models.lm import DiffusionLM
@@ -78,12 +78,14 @@ def add_lora(lm: DiffusionLM, config: LoRAConfig, seed: int) -> DiffusionLM:
     targets = config.targets or (family.lora_targets if family is not None else "all-linear")
     if targets in (["all-linear"], ("all-linear",)):
         targets = "all-linear"
+    heads = [] if lm.spec.edit_heads is None else [edit_heads.NAME]  # always trained whole
     settings = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         use_dora=config.dora,
-        modules_to_save=_trained_modules(lm.model, config.trained_modules) or None,
+        modules_to_save=_trained_modules(lm.model, [*config.trained_modules, *heads]) or None,
+        exclude_modules=rf"(.*\.)?{edit_heads.NAME}\..*" if heads else None,
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
     made_for = fingerprint(lm)

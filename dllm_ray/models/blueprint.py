@@ -10,6 +10,7 @@ import torch
 from dllm_ray.errors import ModelError, first_line
 from dllm_ray.models import families
 from dllm_ray.models.checkpoint import Checkpoint
+from dllm_ray.models.edit_heads import add
 from dllm_ray.models.families import Family
 from dllm_ray.models.lm import usable_positions
 from dllm_ray.models.spec import CONFIG_KEY, ORIGINAL_KEY, DiffusionSpec
@@ -45,6 +46,13 @@ class Blueprint:
         """Longest sequence, in tokens; None when its config states no limit."""
         return usable_positions(self.config)
 
+    @property
+    def edit_heads(self) -> Mapping[str, Any] | None:
+        """`DiffusionSpec.edit_heads` of the model."""
+        if self.is_published:
+            return self.family.edit_heads
+        return (self.raw.get(CONFIG_KEY) or {}).get("edit_heads")
+
     def tokenizer(self):
         """Its tokenizer, as published.
 
@@ -66,7 +74,10 @@ class Blueprint:
         """
         try:
             with torch.device("meta"):
-                return self.model_class(self.config)
+                model = self.model_class(self.config)
+                if self.edit_heads is not None:
+                    add(model, self.edit_heads)
+                return model
         except Exception as error:  # every architecture checks its fields at places of its own
             raise ModelError(f"{self.path}: config.json can't be used: {first_line(error)}") from error
 
@@ -161,6 +172,7 @@ def _family_spec(family: Family, raw: Mapping[str, Any], tokenizer, path: str) -
         block_size=block_size,
         padding=family.padding_for(raw, path),
         sampler=family.sampler_for(raw, path),
+        edit_heads=family.edit_heads,
     )
 
 

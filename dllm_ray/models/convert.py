@@ -19,7 +19,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from dllm_ray.errors import ModelError
-from dllm_ray.models import families, mapping, probe
+from dllm_ray.models import edit_heads, families, mapping, probe
 from dllm_ray.models.adapters import base_of, is_adapter, merge
 from dllm_ray.models.blueprint import Blueprint, resolve, spec_of
 from dllm_ray.models.checkpoint import INDEX, Assembled, Checkpoint, Readable, Stored, write_safetensors
@@ -37,14 +37,30 @@ class Target:
     """What a native directory is to be."""
 
     objective: str = "native"
-    """native: as the checkpoint was trained; mdlm: full attention; bd3lm: block-causal attention."""
+    """native: as the checkpoint was trained; mdlm: full attention; bd3lm: block-causal attention; editflow: full
+    attention, and edit heads that start from the vocabulary head."""
     block_size: int = 32
     """Block size of bd3lm."""
     shift_logits: bool | None = None
     """Whether logits predict the token to their right; None: as the checkpoint says."""
+    edit_time: bool = False
+    """Of editflow: whether the heads are told the time."""
+
+    def apply(self, lm: DiffusionLM) -> DiffusionLM:
+        """A loaded model as it is to be; raises as `edit_heads.attach`."""
+        lm = DiffusionLM(lm.model, lm.tokenizer, self.spec(lm.spec))
+        return edit_heads.attach(lm, self.edit_time) if self.objective == "editflow" else lm
 
     def spec(self, spec: DiffusionSpec) -> DiffusionSpec:
-        """The spec of a converted model."""
+        """The spec of a converted model, but for new edit heads.
+
+        Raises:
+            ModelError: it has edit heads, which only that objective trains.
+        """
+        if spec.edit_heads is not None and self.objective in ("mdlm", "bd3lm"):
+            raise ModelError(
+                f"a model with edit heads can't be converted to {self.objective}: begin with the one before"
+            )
         changes: dict[str, Any] = {}
         if self.shift_logits is not None:
             changes["shift_logits"] = self.shift_logits
@@ -90,10 +106,9 @@ def to_native(
     tokenizer = blueprint.prepare(tokenizer)
     spec = target.spec(spec_of(blueprint, tokenizer))
     skeleton = blueprint.skeleton()
-    state = _direct(checkpoint, blueprint, skeleton)
-    if state is None:  # names or a head that only transformers can sort out: load it, and save it
-        lm = load(path, dtype=dtype)
-        DiffusionLM(lm.model, lm.tokenizer, spec).save(directory)
+    state = None if target.objective == "editflow" else _direct(checkpoint, blueprint, skeleton)
+    if state is None:  # new heads, or names or a head that only transformers can sort out: load it, and save it
+        target.apply(load(path, dtype=dtype)).save(directory)
         return
     tensors: dict[str, Readable] = dict(state)
     rows = _grow(tensors, skeleton, known, rows_needed(tokenizer))
@@ -180,7 +195,7 @@ def merge_adapter(path: str, adapter: str, directory: Path, target: Target, dtyp
         ModelError: the adapter doesn't fit.
     """
     lm = merge(load(path, dtype=dtype, adapter=adapter))
-    DiffusionLM(lm.model, lm.tokenizer, target.spec(lm.spec)).save(directory)
+    target.apply(lm).save(directory)
 
 
 def description(path: str) -> str:

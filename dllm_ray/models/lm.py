@@ -6,6 +6,7 @@ Shapes: B rows, T positions, H hidden size, V vocabulary, N chosen positions.
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class LogitsModule(nn.Module):
         """Whether a run of the head is a meeting of all workers (ZeRO-3 gathers its weights for each): then all run it
         equally often, however many positions each has."""
         self._block_size = block_size
-        base = _without_adapter(model)
+        base = without_adapter(model)
         self._trunk = [base.base_model]  # in a list: it is part of `model` and must not be registered twice
         self._is_decoder = is_decoder(base)
         config = base.config.get_text_config()
@@ -57,21 +58,7 @@ class LogitsModule(nn.Module):
         at_once: int | None = None,  # with targets: positions whose logits are held at a time; None: all
         most: int | None = None,  # with targets: positions that there may be, the same number on all workers
     ) -> Tensor:  # [N, V], or [B, T, V] when positions is None, or [N] with targets
-        if past_key_values is None:
-            attention_mask = self._attention(input_ids, attention_mask, position_ids)
-        else:
-            attention_mask = self._over_keys(attention_mask, position_ids, past_key_values)
-        arguments = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if self._position_offset:
-            if position_ids is None:
-                position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-            position_ids = position_ids + self._position_offset
-        if position_ids is not None:
-            arguments["position_ids"] = position_ids
-        if self._is_decoder:
-            arguments["use_cache"] = past_key_values is not None
-        if past_key_values is not None:
-            arguments["past_key_values" if self._is_decoder else "key_cache"] = past_key_values
+        arguments = self.arguments(input_ids, attention_mask, position_ids, past_key_values)
         if positions is None:
             return self.model(**arguments).logits
 
@@ -101,9 +88,34 @@ class LogitsModule(nn.Module):
         if len(hidden) < 2:
             return cross_entropy(logits, targets)
         first, *others = targets.tensor_split(parts)
-        base, trunk = _without_adapter(self.model), self._trunk[0]
+        base, trunk = without_adapter(self.model), self._trunk[0]
         rest = [through_head(base, trunk, kind, *part) for part in zip(hidden[1:], others, strict=True)]
         return torch.cat([cross_entropy(logits, first), *rest])
+
+    def arguments(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | Pattern | None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+    ) -> dict[str, Any]:
+        """What the model of transformers is called with; arguments as of `forward`."""
+        if past_key_values is None:
+            attention_mask = self._attention(input_ids, attention_mask, position_ids)
+        else:
+            attention_mask = self._over_keys(attention_mask, position_ids, past_key_values)
+        arguments = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if self._position_offset:
+            if position_ids is None:
+                position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+            position_ids = position_ids + self._position_offset
+        if position_ids is not None:
+            arguments["position_ids"] = position_ids
+        if self._is_decoder:
+            arguments["use_cache"] = past_key_values is not None
+        if past_key_values is not None:
+            arguments["past_key_values" if self._is_decoder else "key_cache"] = past_key_values
+        return arguments
 
     def _attention(self, input_ids: Tensor, mask: Tensor | Pattern | None, position_ids: Tensor | None):
         """The mask of a forward over all its keys, in the form that the attention takes."""
@@ -167,14 +179,15 @@ class DiffusionLM:
         model: a masked LM, or a causal LM whose attention was made bidirectional (`dllm_ray.models.load`).
         tokenizer: its tokenizer; None where only token ids are handled.
         spec: the facts a denoiser needs.
-        module: what computes logits; strategies put their wrapper (DDP, an engine) here. Default: `LogitsModule`.
+        module: what computes logits, or edits; strategies put their wrapper (DDP, an engine) here. Default: as
+            `module_for` says.
     """
 
     def __init__(self, model, tokenizer, spec: DiffusionSpec, module: nn.Module | None = None):
         self.model = model
         self.tokenizer = tokenizer
         self.spec = spec
-        self.module = module if module is not None else LogitsModule(model, spec.grid)
+        self.module = module if module is not None else module_for(model, spec)
 
     @property
     def device(self) -> torch.device:
@@ -183,17 +196,17 @@ class DiffusionLM:
     @property
     def architecture(self) -> str:
         """The transformers class of the model, whatever is wrapped around it."""
-        return type(_without_adapter(self.model)).__name__
+        return type(without_adapter(self.model)).__name__
 
     @property
     def is_decoder(self) -> bool:
         """Whether the architecture is an autoregressive one, made bidirectional; else it is an encoder."""
-        return is_decoder(_without_adapter(self.model))
+        return is_decoder(without_adapter(self.model))
 
     @property
     def layers(self) -> int | None:
         """Layers whose keys and values can be kept; None for architectures that keep none."""
-        base = _without_adapter(self.model)
+        base = without_adapter(self.model)
         if not self.is_decoder and not can_keep_keys(base):
             return None
         return base.config.get_text_config().num_hidden_layers
@@ -201,12 +214,12 @@ class DiffusionLM:
     def keep_keys(self) -> None:
         """Makes an encoder ready for `past_key_values`; decoders are."""
         if not self.is_decoder:
-            keep_keys(_without_adapter(self.model))
+            keep_keys(without_adapter(self.model))
 
     @property
     def max_length(self) -> int | None:
         """Most positions the model can tell apart, or None when its config states no limit."""
-        config = _without_adapter(self.model).config
+        config = without_adapter(self.model).config
         return usable_positions(config)
 
     def logits(
@@ -269,11 +282,39 @@ class DiffusionLM:
         arguments = {"targets": targets, "at_once": at_once, "most": most}
         return self.module(input_ids, attention_mask, position_ids, positions, **arguments)
 
+    def edits(
+        self,
+        input_ids: Tensor,  # [B, T]
+        attention_mask: Tensor | None,  # [B, T]
+        t: Tensor,  # [B]
+        substitutions: Tensor,  # [S] indices into the flattened grid
+        substitutes: Tensor,  # [S]
+        insertions: Tensor,  # [I]
+        inserts: Tensor,  # [I]
+        at_once: int | None = None,
+        most: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # [B, T, 3], [S], [I], float32
+        """What a model with edit heads says of edits.
+
+        Args:
+            input_ids, attention_mask: sequences on their way, and which positions are tokens of theirs.
+            t: their times; of use where the heads depend on it.
+            substitutions, substitutes: tokens that may be replaced, and by which.
+            insertions, inserts: tokens behind which another may be put, and which.
+            at_once, most: as of `nll`, for each of the two kinds.
+
+        Returns:
+            Rates of substitution, deletion and insertion at each position; log-probabilities of the tokens.
+        """
+        arguments = {"substitutions": substitutions, "substitutes": substitutes, "insertions": insertions}
+        sizes = {"at_once": at_once, "most": most}
+        return self.module(input_ids, attention_mask, t=t, inserts=inserts, **arguments, **sizes)
+
     def compile(self, mode: str = "default") -> None:
         """Compiles the model's forward with `torch.compile`; `reduce-overhead` uses CUDA graphs where shapes repeat."""
         from dllm_ray.models.compiled import compile_trunk
 
-        compile_trunk(_without_adapter(self.model).base_model, mode)
+        compile_trunk(without_adapter(self.model).base_model, mode)
 
     def save(self, directory: str | Path) -> None:
         """Writes a plain Hugging Face directory, with the spec under `"diffusion"` in `config.json`; of a model with a
@@ -291,6 +332,15 @@ class DiffusionLM:
         setattr(self.model.config, CONFIG_KEY, self.spec.to_dict())
         # the published layout that a model was loaded from is written by jobs/convert.py, together with its config
         self.model.save_pretrained(directory, save_original_format=False)
+
+
+def module_for(model: nn.Module, spec: DiffusionSpec) -> LogitsModule:
+    """What reads a model: its logits, or the edit heads that it has."""
+    if spec.edit_heads is None:
+        return LogitsModule(model, spec.grid)
+    from dllm_ray.models.edit_heads import EditModule
+
+    return EditModule(model, spec)
 
 
 def is_decoder(model: nn.Module) -> bool:
@@ -316,5 +366,6 @@ def _is_eager(config) -> bool:
     return getattr(config, "_attn_implementation", None) == "eager"
 
 
-def _without_adapter(model: nn.Module) -> nn.Module:
+def without_adapter(model: nn.Module) -> nn.Module:
+    """The model of transformers inside one with a PEFT adapter."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dllm_ray.errors import ModelError, first_line
+from dllm_ray.models import edit_heads
 from dllm_ray.models.adapters import add_adapter, base_of, is_adapter, quantization_config, ready_for_cpu
 from dllm_ray.models.blueprint import Blueprint, resolve, spec_of
 from dllm_ray.models.checkpoint import WEIGHTS, Assembled, Checkpoint, Stored, find, read_json, whole
@@ -24,6 +26,8 @@ from dllm_ray.models.spec import CONFIG_KEY, DiffusionSpec
 from dllm_ray.models.vocabulary import check_ids, fit, rows_needed
 
 logger = logging.getLogger(__name__)
+
+_HEADS = f"{edit_heads.NAME}."
 
 _TOKENIZERS = (
     "tokenizer.json",
@@ -75,9 +79,13 @@ def load(
     tokenizer = blueprint.tokenizer()
     known = rows_needed(tokenizer)
     tokenizer = blueprint.prepare(tokenizer)
-    model = _load_model(checkpoint, blueprint, dtype, device_map or device, quantization)
+    model, heads = _load_model(checkpoint, blueprint, dtype, device_map or device, quantization)
     spec = spec_of(blueprint, tokenizer)
     fit(model, tokenizer, known)
+    if spec.edit_heads is not None:
+        edit_heads.put(model, spec.edit_heads, heads)
+    elif heads:
+        raise ModelError(f"{path}: the weights hold edit heads, of which config.json says nothing")
     check_ids(path, spec, model.get_input_embeddings().num_embeddings)
     setattr(model.config, CONFIG_KEY, spec.to_dict())
     model.eval()
@@ -172,9 +180,13 @@ def _model_part(tensors: Mapping[str, Stored], names: Collection[str]) -> dict[s
     return {name: whole(tensors[prefix + name]) for name in names if prefix + name in tensors}
 
 
-def _load_model(checkpoint: Checkpoint, blueprint: Blueprint, dtype: str, placement, quantization: str | None):
+def _load_model(
+    checkpoint: Checkpoint, blueprint: Blueprint, dtype: str, placement, quantization: str | None
+) -> tuple[Any, dict[str, Tensor]]:
+    """The model of transformers, and the tensors of its edit heads, if it has any."""
     path = blueprint.path
     state = state_for(checkpoint, blueprint)
+    heads = {name.removeprefix(_HEADS): state.pop(name) for name in list(state) if name.startswith(_HEADS)}
     arguments: dict[str, Any] = {"dtype": _dtype(dtype, blueprint.raw, state)}
     if quantization is not None:
         arguments["quantization_config"] = quantization_config(quantization, dtype)
@@ -203,7 +215,7 @@ def _load_model(checkpoint: Checkpoint, blueprint: Blueprint, dtype: str, placem
         model.generation_config = type(model.generation_config).from_dict(settings)
     model.config._name_or_path = model.name_or_path = path
     _check_tensors(path, blueprint, model, report)
-    return model
+    return model, {name: tensor.read() for name, tensor in heads.items()}
 
 
 def _is_device(placement) -> bool:

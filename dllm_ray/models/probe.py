@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from dllm_ray.errors import ModelError, first_line
+from dllm_ray.models.edit_heads import NAME, EditModule
 from dllm_ray.models.lm import LogitsModule
+from dllm_ray.models.spec import CONFIG_KEY, DiffusionSpec
 
 _WIDTH = 12
 _BLOCK = 4
@@ -152,15 +154,13 @@ def _places_error(module: LogitsModule, ids: Tensor) -> float:
 
 
 def unused_parameters(model) -> list[str]:
-    """Names of the parameters that no logits come from, such as a pooler's. Found in the graph of one small forward;
-    no gradient is computed. A mixture of experts has none: a few tokens don't reach every expert."""
-    config = model.config.get_text_config()
-    if any(getattr(config, name, None) for name in _EXPERTS):
-        return []
+    """Names of the parameters that no logits come from, such as a pooler's; of a model with edit heads, that no edits
+    come from, such as its vocabulary head's. Found in the graph of one small forward; no gradient is computed. Experts
+    are never among them: a few tokens don't reach every one."""
     ids = torch.arange(1, 5, device=next(model.parameters()).device).unsqueeze(0)
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-        logits = LogitsModule(model)(ids)
-    seen, reached, waiting = set(), set(), [logits.grad_fn]
+        outputs = _outputs(model, ids)
+    seen, reached, waiting = set(), set(), [output.grad_fn for output in outputs]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
@@ -168,9 +168,24 @@ def unused_parameters(model) -> list[str]:
         seen.add(node)
         reached.add(id(getattr(node, "variable", None)))
         waiting += [following for following, _ in node.next_functions]
+    experts = any(getattr(model.config.get_text_config(), name, None) for name in _EXPERTS)
+    head = (
+        [] if not hasattr(model, NAME) else [id(parameter) for parameter in model.get_output_embeddings().parameters()]
+    )
     return [
-        name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in reached
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in reached and (not experts or id(parameter) in head)
     ]
+
+
+def _outputs(model, ids: Tensor) -> tuple[Tensor, ...]:
+    """All that a model says of token ids [1, T]."""
+    if not hasattr(model, NAME):
+        return (LogitsModule(model)(ids),)
+    some = torch.zeros(1, dtype=torch.long, device=ids.device)
+    spec = DiffusionSpec.from_dict(getattr(model.config, CONFIG_KEY))
+    return EditModule(model, spec)(ids, None, torch.zeros(1, device=ids.device), some, some, some, some)
 
 
 def influence(module: LogitsModule, ids: Tensor, mask: Tensor | None) -> Tensor:

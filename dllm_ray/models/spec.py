@@ -49,6 +49,9 @@ class DiffusionSpec:
     """How the model's own recipe fills up rows in training; `data.padding` overrides it."""
     sampler: Mapping[str, Any] = field(default_factory=dict)
     """Default sampler settings, by the names of `SamplerConfig`."""
+    edit_heads: Mapping[str, Any] | None = None
+    """Of a model that edits (`models.edit_heads`): `time`, whether its heads depend on the time; `reads`, the module of
+    the trunk whose input they read, or null for the trunk's output. None: it has no such heads."""
 
     def __post_init__(self):
         for name, known in (("attention", ("full", "block_causal")), ("padding", get_args(Padding))):
@@ -58,6 +61,11 @@ class DiffusionSpec:
             raise ModelError(
                 f"block_size: block-causal attention needs a whole number above 0, got {self.block_size!r}"
             )
+
+        if self.edit_heads is not None and (
+            not isinstance(self.edit_heads, Mapping) or set(self.edit_heads) != {"time", "reads"}
+        ):
+            raise ModelError(f"edit_heads: expected a mapping of time and reads, got {self.edit_heads!r}")
 
     @property
     def grid(self) -> int | None:

@@ -22,7 +22,9 @@ def vocabulary_tensors(model) -> list[str]:
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     places = {module: name for name, module in model.named_modules()}
     names = []
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+    heads = getattr(model, "edit_heads", None)
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    for module in tables if heads is None else [*tables, heads.substitute, heads.insert]:
         if module is not None:
             names += [f"{places[module]}.{name}" for name, _ in module.named_parameters(recurse=False)]
     return list(dict.fromkeys(tied.get(name, name) for name in names))

@@ -9,11 +9,15 @@ A batch is a dict of tensors:
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from dllm_ray.models.lm import DiffusionLM
 
 
 class Part(NamedTuple):
@@ -40,6 +44,9 @@ class NoisyBatch:
     position_ids: Tensor | None  # [B, T] with packing, else None
     width: int  # positions of a row before any BOS: the same on every worker
 
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
     def to(self, device: torch.device | str) -> "NoisyBatch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
@@ -61,3 +68,38 @@ class LossResult:
     loss: Tensor  # scalar, to call backward on
     nll_sum: Tensor  # scalar, weighted cross-entropy summed over masked positions; detached
     tokens: Tensor  # scalar, positions that carry a label: nll_sum / tokens estimates the negative ELBO per token
+
+
+class Noisy(Protocol):
+    """A corrupted batch, with everything random in it."""
+
+    def __len__(self) -> int: ...
+
+    def to(self, device: torch.device | str) -> "Noisy": ...
+
+    def rows(self, start: int, stop: int) -> "Noisy":
+        """The rows from `start` up to `stop`."""
+
+
+class Objective(Protocol):
+    """What training minimises."""
+
+    name: str
+    shift_logits: bool
+    """Whether labelled first tokens need a BOS in front, on all workers or none (`Part.bos`)."""
+    pairs: Callable[[Mapping[str, np.ndarray], int, int], dict[str, np.ndarray]] | None
+    """What is added to a batch where it is formed, from its arrays, its number and its first row's; None: nothing."""
+
+    def corrupt(
+        self, batch: dict[str, Tensor], generator: torch.Generator | None = None, *, part: Part | None = None
+    ) -> Noisy:
+        """Draws the noise."""
+
+    def loss(self, lm: DiffusionLM, noisy: Noisy, denominator: Tensor | float | None = None) -> LossResult:
+        """The loss of a corrupted batch; deterministic."""
+
+    def denominator(self, noisy: Noisy) -> Tensor:
+        """What a batch adds to the divisor of the loss."""
+
+    def for_validation(self) -> "Objective":
+        """The objective whose `nll_sum / tokens` is reported of validation rows."""

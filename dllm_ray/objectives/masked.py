@@ -35,6 +35,7 @@ class MaskedDiffusion(ABC):
     """
 
     name: ClassVar[str]
+    pairs: ClassVar[None] = None
 
     def __init__(self, spec: DiffusionSpec, *, shift_logits: bool | None = None, **settings):
         self.config = ObjectiveConfig(name=self.name, **settings)

@@ -1,31 +1,45 @@
-"""Edit Flow's pure functions against recorded numbers and a plain version."""
+"""The Edit Flow objective: its loss against the recorded one, its pairs, and the rates it learns against true ones."""
 
 import json
-import math
+from collections import Counter
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-from torch.nn import functional
 
-from dllm_ray.objectives import alignment
-from dllm_ray.objectives.alignment import BLANK, align, remaining_edits
-from dllm_ray.objectives.edit_flow import (
-    DELETE,
-    INSERT,
-    SUBSTITUTE,
-    Edits,
-    between,
-    negative_log_likelihood,
-    remaining,
-    sequences,
-)
-from dllm_ray.objectives.schedules import edit_rate, kappa_schedule
+from dllm_ray.errors import ConfigError
+from dllm_ray.models import edit_heads
+from dllm_ray.models.spec import IGNORE_INDEX, DiffusionSpec
+from dllm_ray.objectives import MDLM, EditFlow, Part, build
+from dllm_ray.objectives.alignment import BLANK, align
+from dllm_ray.objectives.config import ObjectiveConfig
+from dllm_ray.objectives.edit_pairs import EditPairs, noised
 
-KINDS = {SUBSTITUTE: alignment.SUBSTITUTE, DELETE: alignment.DELETE, INSERT: alignment.INSERT}
+SPEC = DiffusionSpec("bert", mask_token_id=4, eos_token_id=2, pad_token_id=0, bos_token_id=1)
+
+
+def padded(rows: list[list[int]]) -> torch.Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[BLANK] * (width - len(row))] for row in rows])
+
+
+def rows_of(seed: int, rows: int = 6, width: int = 12) -> dict[str, torch.Tensor]:
+    """Rows of different lengths with prompts of 1 to 4 tokens."""
+    source = np.random.default_rng(seed)
+    length = source.integers(6, width + 1, rows)
+    place = np.arange(width)
+    ids = np.where(place < length[:, None], source.integers(10, 60, (rows, width)), 0)
+    prompt = source.integers(1, 5, rows)
+    labelled = (place >= prompt[:, None]) & (place < length[:, None])
+    arrays = {
+        "input_ids": ids,
+        "labels": np.where(labelled, ids, IGNORE_INDEX),
+        "attention_mask": (place < length[:, None]).astype(np.int64),
+    }
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 @pytest.fixture
@@ -34,102 +48,208 @@ def recorded(golden) -> dict:
     return found
 
 
-def padded(rows: list[list[int]]) -> torch.Tensor:
-    """[B, A], with columns of blanks at the end, which say nothing."""
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[BLANK] * (width - len(row))] for row in rows])
+def test_the_recorded_loss_and_gradient(recorded, golden_lm):
+    lm = golden_lm("editflow_modernbert")
+    objective = EditFlow(lm.spec, kappa="cubic", max_weight=recorded["max_w"])
+    z0, z1, zt = (padded(recorded[name]) for name in ("z0", "z1", "zt"))
+    batch = {"input_ids": z1, "labels": z1.clamp(min=0), "z0": z0, "z1": z1}
+    t = torch.tensor(recorded["t"])
+    noisy = objective.corrupt(batch, t=t, made=(zt == z1) & (zt != z0))
+    assert torch.equal(noisy.zt, zt)
+    for at_once in (512, 2):
+        lm.model.zero_grad()
+        result = EditFlow(lm.spec, logits_at_once=at_once).loss(lm, noisy)
+        assert result.loss.item() == pytest.approx(recorded["loss"], rel=1e-5)
+        result.loss.backward()
+        norm = torch.stack([p.grad.double().norm() for p in lm.model.parameters() if p.grad is not None]).norm()
+        assert norm.item() == pytest.approx(recorded["grad_norm"], rel=1e-4)
+    lm.model.zero_grad()
 
 
-def listed(edits: Edits, row: int) -> list[list]:
-    return [
-        [KINDS[kind], position, None if kind == DELETE else token]
-        for of, position, kind, token in zip(
-            *(getattr(edits, name).tolist() for name in ("row", "position", "kind", "token")), strict=True
+def test_parts_of_a_batch_add_up_to_the_whole(make_lm):
+    lm = edit_heads.attach(make_lm("bert"))
+    objective = EditFlow(lm.spec, vocabulary=60, x0=("empty", "masks", "noised", "uniform"), x0_length=5)
+    batch = rows_of(0)
+    whole = objective.corrupt(batch, torch.Generator().manual_seed(3))
+    total = objective.denominator(whole)
+    loss = objective.loss(lm, whole).loss.item()
+    arrays = objective.pairs({name: tensor.numpy() for name, tensor in batch.items()}, step=7)
+    dealt = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    in_one = objective.corrupt(dealt, torch.Generator().manual_seed(3))
+    parts = [
+        objective.corrupt(
+            {name: tensor[start : start + 3] for name, tensor in dealt.items()},
+            torch.Generator().manual_seed(3),
+            part=Part(start, 6),
         )
-        if of == row
+        for start in (0, 3)
     ]
+    expected = objective.loss(lm, in_one).loss.item()
+    assert sum(objective.loss(lm, part, total).loss.item() for part in parts) == pytest.approx(expected, rel=1e-5)
+    assert sum(objective.loss(lm, in_one.rows(row, row + 1), total).loss.item() for row in range(6)) == pytest.approx(
+        expected, rel=1e-5
+    )
+    assert loss > 0
+    filler = {**dealt, "labels": torch.full_like(dealt["labels"], IGNORE_INDEX)}
+    nothing = objective.corrupt(filler, torch.Generator().manual_seed(3))
+    assert objective.loss(lm, nothing).loss.item() == 0 and objective.denominator(nothing).item() == 0
 
 
-def test_recorded_sequences_and_edits(recorded):
-    zt, z1 = padded(recorded["zt"]), padded(recorded["z1"])
-    x, valid = sequences(zt, pad_token_id=0)
-    assert (x.tolist(), valid.long().tolist()) == (recorded["x_tok"], recorded["x_mask"])
-    assert [listed(remaining(zt, z1), row) for row in range(len(zt))] == recorded["edits"]
+@given(st.integers(0, 2**30), st.sampled_from(["empty", "masks", "uniform", "noised"]), st.integers(12, 20))
+def test_pairs_begin_and_end_with_what_they_should(seed, kind, longest):
+    pairs = EditPairs((kind,), 5, 0.3, 60, (0, 1, 2, 4), 4, 1, longest, seed)
+    batch = {name: tensor.numpy() for name, tensor in rows_of(seed).items()}
+    made = pairs(batch, step=1)
+    assert made["z0"].shape == made["z1"].shape
+    for row in range(len(batch["input_ids"])):
+        own = batch["input_ids"][row][batch["attention_mask"][row] == 1]
+        start = int((batch["labels"][row] != IGNORE_INDEX).argmax())
+        z0, z1 = made["z0"][row], made["z1"][row]
+        assert z1[z1 != BLANK].tolist() == own.tolist()
+        assert z0[:start].tolist() == z1[:start].tolist() == own[:start].tolist()  # the prompt stays as it is
+        answer = z0[start:][z0[start:] != BLANK]
+        assert ((z0 != BLANK) | (z1 != BLANK)).sum() <= longest
+        room = min(5, longest - len(own))
+        if kind == "empty":
+            assert not len(answer)
+        elif kind == "masks":
+            assert answer.tolist() == [4] * room
+        elif kind == "uniform":
+            assert len(answer) == room and not set(answer.tolist()) & {0, 1, 2, 4}
+        alone = align(answer, own[start:])
+        width = len(alone[0])
+        assert z0[start : start + width].tolist() == alone[0].tolist()
+    part = {name: array[2:4] for name, array in batch.items()}
+    again = pairs(part, step=1, first=2)
+    width = min(again["z0"].shape[1], made["z0"].shape[1])
+    assert np.array_equal(again["z0"][:, :width], made["z0"][2:4, :width])
 
 
-def test_the_recorded_loss(recorded, golden, golden_lm):
-    """The reference's heads read what its prediction head makes of the last layer, before the trunk's final norm."""
-    weights = load_file(golden / "editflow_modernbert" / "checkpoint" / "model.safetensors")
-    model = golden_lm("modernbert").model
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    shared = {name: tensor for name, tensor in weights.items() if name.startswith(("model.", "head."))}
-    kept = {}
-    hook = model.model.final_norm.register_forward_pre_hook(lambda _, inputs: kept.update(last=inputs[0]))
-
-    def linear(hidden: torch.Tensor, name: str) -> torch.Tensor:
-        return functional.linear(hidden, weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-    zt, z1 = padded(recorded["zt"]), padded(recorded["z1"])
-    (x, valid), edits = sequences(zt, pad_token_id=0), remaining(zt, z1)
-    try:
-        model.load_state_dict(shared, strict=False)
-        with torch.no_grad():
-            model.model(input_ids=x, attention_mask=valid.long())
-            hidden = model.head(kept["last"])
-    finally:
-        hook.remove()
-        model.load_state_dict(before)
-    at_E = hidden[edits.row, edits.position]
-    inserts_E, deletes_E = edits.kind == INSERT, edits.kind == DELETE
-    logits_EV = torch.where(inserts_E[:, None], linear(at_E, "ins_logits"), linear(at_E, "sub_logits"))
-    chosen_E = logits_EV.log_softmax(-1).gather(1, edits.token.clamp(min=0)[:, None])[:, 0]
-    rates = functional.softplus(linear(hidden, "rate_heads.0"))
-    nll_B = negative_log_likelihood(rates, valid, edits, chosen_E.masked_fill(deletes_E, 0.0))
-    weight_B = edit_rate(kappa_schedule("cubic"), torch.tensor(recorded["t"])).clamp(max=recorded["max_w"])
-    length_B = torch.tensor([len(row) for row in recorded["x1_ids"]])
-    assert (weight_B * nll_B / length_B).mean().item() == pytest.approx(recorded["loss"], rel=1e-5)
+def test_a_document_begins_with_a_token_that_stays():
+    pairs = EditPairs(("empty",), 5, 0.3, 0, (), None, 1, None, 0)
+    ids = np.array([[11, 12, 13], [1, 12, 13]])
+    made = pairs({"input_ids": ids, "labels": ids}, step=0)
+    assert made["z1"].tolist() == [[1, 11, 12, 13], [1, 12, 13, BLANK]]
+    assert made["z0"].tolist() == [[1, BLANK, BLANK, BLANK], [1, BLANK, BLANK, BLANK]]
 
 
-@st.composite
-def batches(draw) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    pairs = [
-        align(*([9, *draw(st.lists(st.integers(0, 4), max_size=7))] for _ in range(2)))
-        for _ in range(draw(st.integers(1, 4)))
-    ]
-    z0, z1 = (padded([pair[side].tolist() for pair in pairs]) for side in (0, 1))
-    made = torch.from_numpy(np.random.default_rng(draw(st.integers(0, 2**30))).random(z0.shape) < 0.5)
-    return z0, z1, made
+def test_a_noised_copy_has_about_as_many_mistakes_as_asked_for():
+    random, tokens = np.random.default_rng(0), np.arange(30_000)
+    copy = noised(tokens, 0.3, np.full(30_000, -7), random)
+    counts = Counter(copy.tolist())
+    replaced = counts.pop(-7)
+    doubled = sum(count == 2 for count in counts.values())
+    dropped = 30_000 - replaced - len(counts)
+    for found in (replaced, doubled, dropped):
+        assert found == pytest.approx(3_000, rel=0.1)
+    assert noised(tokens[:0], 0.3, tokens[:0], random).tolist() == []
 
 
-@given(batches())
-@settings(max_examples=200)
-def test_batches_are_what_their_rows_are(batch):
-    z0, z1, made = batch
-    zt = between(z0, z1, made)
-    x, valid = sequences(zt, pad_token_id=7)
-    edits = remaining(zt, z1)
-    for row in range(len(zt)):
-        tokens = [token for token in zt[row].tolist() if token != BLANK]
-        assert x[row].tolist() == [*tokens, *[7] * (x.shape[1] - len(tokens))]
-        assert x[row][valid[row]].tolist() == tokens
-        assert listed(edits, row) == [list(edit) for edit in remaining_edits(zt[row].tolist(), z1[row].tolist())]
+def test_settings_that_can_not_be(make_lm):
+    for bad, field in (
+        ({"x0": ("full",)}, "x0"),
+        ({"x0": ()}, "x0"),
+        ({"x0_length": 0}, "x0_length"),
+        ({"x0_noise": 0.0}, "x0_noise"),
+        ({"kappa": "square"}, "kappa"),
+        ({"max_weight": 0.0}, "max_weight"),
+        ({"norm": "masked"}, "norm"),
+        ({"weight": "uniform"}, "weight"),
+        ({"block_times": True}, "block_times"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            EditFlow(SPEC, **bad)
+        assert error.value.field == field
+    with pytest.raises(ConfigError, match="no effect on mdlm"):
+        MDLM(SPEC, kappa="linear")
+    with pytest.raises(ConfigError, match="vocabulary"):
+        EditFlow(SPEC, x0=("noised",))
+    with pytest.raises(ConfigError, match="only edit_flow trains"):
+        build(ObjectiveConfig(), edit_heads.attach(make_lm("bert")).spec)
+    assert build(ObjectiveConfig("edit_flow"), SPEC).config.norm == "sequence"
+    assert build(ObjectiveConfig(), SPEC).config.norm == "token"
 
 
-@given(batches(), st.integers(0, 2**30))
-@settings(max_examples=50)
-def test_the_likelihood_is_that_of_the_plain_version(batch, seed):
-    z0, z1, made = batch
-    zt = between(z0, z1, made)
-    (x, valid), edits = sequences(zt, pad_token_id=0), remaining(zt, z1)
-    source = torch.Generator().manual_seed(seed)
-    rates = torch.rand(*x.shape, 3, generator=source) + 0.01
-    log_probability = -torch.rand(len(edits.row), generator=source)
-    log_probability[edits.kind == DELETE] = 0.0
-    found = negative_log_likelihood(rates, valid, edits, log_probability)
-    expected = [
-        sum(rates[row, place].sum().item() for place in range(x.shape[1]) if valid[row, place]) for row in range(len(x))
-    ]
-    for number in range(len(edits.row)):
-        row, position, kind = (int(getattr(edits, name)[number]) for name in ("row", "position", "kind"))
-        expected[row] -= math.log(rates[row, position, kind].item()) + log_probability[number].item()
-    assert found.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+class _Table(torch.nn.Module):
+    """Free rates and token distributions for each (sequence, position): what an unlimited model could learn."""
+
+    def __init__(self, sequences: list[tuple[int, ...]], vocabulary: int):
+        super().__init__()
+        self.number = {sequence: number for number, sequence in enumerate(sequences)}
+        width = max(map(len, sequences))
+        self.rates = torch.nn.Parameter(torch.zeros(len(sequences), width, 3))
+        self.tokens = torch.nn.Parameter(torch.zeros(len(sequences), width, 2, vocabulary))
+
+    def edits(self, x_BT, valid_BT, t, substitutions, substitutes, insertions, inserts, at_once=None, most=None):
+        lengths = valid_BT.sum(dim=1).tolist()
+        own = [tuple(row[:length]) for row, length in zip(x_BT.tolist(), lengths, strict=True)]
+        number_B = torch.tensor([self.number[sequence] for sequence in own])
+        width = x_BT.shape[1]
+        log = self.tokens.log_softmax(-1)
+
+        def of(place, token, kind):
+            return log[number_B[place // width], place % width, kind, token]
+
+        rates = torch.nn.functional.softplus(self.rates)[number_B, :width]
+        return rates, of(substitutions, substitutes, 0), of(insertions, inserts, 1)
+
+
+@pytest.mark.slow
+def test_the_learned_rates_are_the_true_ones():
+    """A world small enough to enumerate: BOS and two letters, in texts of up to two, with given probabilities.
+
+    From the empty text, under a linear schedule, each edit of the alignment is made by time t with probability t. So
+    what remains, given the sequence and the time, is known; and since rates don't depend on the time (times of a
+    stratum close to each other are drawn only), they are the expected number of edits that remain.
+    """
+    bos, letters = 1, (5, 6)
+    targets = {(bos, *text): 0.0 for length in range(3) for text in product(letters, repeat=length)}
+    weights = dict(zip(targets, (0.1, 0.15, 0.05, 0.3, 0.1, 0.1, 0.2), strict=True))
+    t = 0.4
+    # the true conditional law, by enumeration: sequence -> expected insertions behind each position, by token
+    mass: Counter = Counter()
+    expected: Counter = Counter()
+    for target, weight in weights.items():
+        z0, z1 = align([bos], target)
+        open_columns = [column for column in range(len(z1)) if z0[column] != z1[column]]
+        for made in product([True, False], repeat=len(open_columns)):
+            chance = weight * np.prod([t if one else 1 - t for one in made])
+            zt = z0.copy()
+            for column, one in zip(open_columns, made, strict=True):
+                zt[column] = z1[column] if one else z0[column]
+            sequence = tuple(zt[zt != BLANK].tolist())
+            mass[sequence] += chance
+            for column, one in zip(open_columns, made, strict=True):
+                if not one:
+                    before = int((zt[:column] != BLANK).sum()) - 1
+                    expected[sequence, before, int(z1[column])] += chance
+    model = _Table(sorted(mass), vocabulary=8)
+    objective = EditFlow(SPEC, kappa="linear", norm="batch")
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    chosen = torch.distributions.Categorical(torch.tensor(list(weights.values())))
+    texts = list(weights)
+    torch.manual_seed(0)
+    steps = 1_500
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 * (1 - step / steps)
+        rows = [texts[number] for number in chosen.sample((512,)).tolist()]
+        pairs = [align([bos], row) for row in rows]
+        z0, z1 = (padded([pair[side].tolist() for pair in pairs]) for side in (0, 1))
+        batch = {"input_ids": z1, "labels": z1.clamp(min=0), "z0": z0, "z1": z1}
+        noisy = objective.corrupt(batch, t=torch.full((len(rows),), t))
+        optimizer.zero_grad()
+        objective.loss(model, noisy).loss.backward()
+        optimizer.step()
+    rates = torch.nn.functional.softplus(model.rates.detach())
+    tokens = model.tokens.detach().softmax(-1)
+    for sequence, weight in mass.items():
+        number = model.number[sequence]
+        for place in range(len(sequence)):
+            assert rates[number, place, :2].max() < 0.02, "nothing is ever replaced or deleted here"
+            true = {token: expected[sequence, place, token] / weight for token in letters}
+            assert rates[number, place, 2].item() == pytest.approx(sum(true.values()), abs=0.05), (sequence, place)
+            if sum(true.values()) > 0.05:
+                for token in letters:
+                    share = true[token] / sum(true.values())
+                    assert tokens[number, place, 1, token].item() == pytest.approx(share, abs=0.05), (sequence, place)

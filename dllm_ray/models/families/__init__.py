@@ -4,7 +4,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from dllm_ray.errors import ModelError
-from dllm_ray.models.families import a2d, bert, diffusion_gemma, dream, fast_dllm_v2, llada, llada2, llada_moe, sdar
+from dllm_ray.models.families import (
+    a2d,
+    bert,
+    diffusion_gemma,
+    dream,
+    editflow,
+    fast_dllm_v2,
+    llada,
+    llada2,
+    llada_moe,
+    sdar,
+)
 from dllm_ray.models.families.base import Family, Fields
 
 FAMILIES: tuple[Family, ...] = (
@@ -17,6 +28,7 @@ FAMILIES: tuple[Family, ...] = (
     *sdar.FAMILIES,
     fast_dllm_v2.FAMILY,
     diffusion_gemma.FAMILY,
+    editflow.FAMILY,
 )
 
 _REFUSED = {

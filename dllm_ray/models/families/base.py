@@ -127,6 +127,8 @@ class Family:
     """Whether its template thinks aloud unless told not to, and the model was trained not to."""
     uniform_noise: bool = False
     """Whether it has no mask token: noise is drawn from the whole vocabulary."""
+    edit_heads: Mapping[str, Any] | None = None
+    """Of a family whose models edit: `DiffusionSpec.edit_heads`."""
     sampler: Mapping[str, Any] = field(default_factory=dict)
     """Default sampler settings, by the names of `SamplerConfig`."""
     padding: Padding = "eos"
