@@ -82,7 +82,8 @@ class DataConfig:
 
     path: str | list[str] | None = None
     """One source or a list: files (jsonl, json, parquet, csv, txt), globs, folders, a hub data set with an optional
-    slice (`name[train:10000]`), or the generated task `builtin:digits[train:40000]`."""
+    slice (`name[train:10000]`), or a generated task such as `builtin:digits[train:40000]`
+    (`dllm_ray.data.builtin`)."""
     sources: list[SourceConfig] | None = None
     """A mixture, in place of `path`: sources with weights, repeats and filters."""
     weight_by: Literal["rows", "tokens"] = "tokens"

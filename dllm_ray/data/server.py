@@ -9,7 +9,7 @@ in the middle of one.) Imports little: every process that runs a task imports th
 import dataclasses
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,8 @@ class TrainStream:
     """How long the run is."""
     task_cpus: float
     """CPUs that a data task reserves."""
+    pairs: Callable[[Mapping[str, np.ndarray], int], dict[str, np.ndarray]] | None = None
+    """What the objective adds to a batch, from its arrays and its number; None: nothing."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,9 @@ class BatchServer:
             for batch in streams.batches(
                 feed, self._stream.batching, self._stream.padding, run, cursor, self._reader.read
             ):
+                if self._stream.pairs is not None:
+                    arrays = self._stream.pairs(batch.arrays, batch.cursor["step"])
+                    batch = dataclasses.replace(batch, arrays=arrays)
                 parts = self._deal(batch)
                 with self._changed:
                     self._changed.wait_for(lambda: len(self._ready) < AHEAD)

@@ -199,13 +199,16 @@ def _resolve_builtin(source: str) -> list[Shard]:
         r"^builtin:(?P<name>\w+)(?:\?seed=(?P<seed>\d+))?(?:\[(?P<split>train|test)(?::(?P<n>\d+))?\])?$"
     )
     parts = pattern.match(source)
-    if not parts or parts["name"] != "digits":
-        raise DataError(f"{source}: no such generated data set; expected builtin:digits[train:40000] or [test:1000]")
+    if not parts or parts["name"] not in builtin.SETS:
+        raise DataError(
+            f"{source}: no such generated data set; expected builtin:digits[train:40000] or [test:1000], or "
+            f"builtin:{' or builtin:'.join(list(builtin.SETS)[1:])}"
+        )
     total = int(parts["n"] or 40_000)
     if total == 0:
         raise DataError(f"{source}: asks for no rows")
     return [
-        Shard("builtin", "builtin:digits", start, min(start + SHARD_ROWS, total), parts["split"] or "train",
+        Shard("builtin", f"builtin:{parts['name']}", start, min(start + SHARD_ROWS, total), parts["split"] or "train",
               int(parts["seed"] or 0), size=(min(start + SHARD_ROWS, total) - start) * 64)
         for start in range(0, total, SHARD_ROWS)
     ]  # fmt: skip
@@ -343,7 +346,8 @@ def _read_hub(shard: Shard) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _read_builtin(shard: Shard) -> Iterator[tuple[int, dict[str, Any]]]:
-    yield from enumerate(builtin.rows(shard.split, shard.start, shard.stop, shard.seed))
+    made = builtin.SETS[shard.name.removeprefix("builtin:")]
+    yield from enumerate(made.rows(shard.split, shard.start, shard.stop, shard.seed))
 
 
 _READERS = {

@@ -38,6 +38,10 @@ class Row:
     """Whether the row is finished once its text can't change any more."""
     key: int = 0
     """The caller's name for the row."""
+    longest: int | None = None
+    """Most tokens that the row may come to have, where the model edits; None: it keeps its length."""
+    gates: tuple[int, ...] = ()
+    """Tokens that stay, but behind which a model that edits may begin an answer."""
 
 
 @dataclass

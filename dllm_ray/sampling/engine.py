@@ -12,8 +12,10 @@ that it computes, K those that it sees, V vocabulary.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +30,17 @@ from dllm_ray.sampling.noise import TOKEN
 from dllm_ray.sampling.plan import Plan
 from dllm_ray.sampling.proposals import Rules, guide, propose, suppress
 
-__all__ = ["Commit", "Engine", "Finished", "Row"]
+__all__ = ["Commit", "Edit", "Engine", "Finished", "Row"]
+
+
+class Edit(NamedTuple):
+    """One change of a sequence."""
+
+    kind: Literal["insert", "delete", "substitute"]
+    position: int
+    """On the sequence before the step: of the token that goes, or behind which another comes."""
+    token: int | None
+    """The new one; None where one is deleted."""
 
 
 @dataclass
@@ -47,6 +59,9 @@ class Commit:
     """What the policy measures of each of them: a probability, a margin, or a negative entropy."""
     done: bool
     """Whether the row is finished."""
+    edits: Sequence[Edit] = ()
+    """What a model that edits changed, from left to right; `positions` and `tokens` are then those of the new tokens on
+    the sequence that came of it."""
 
 
 @dataclass
@@ -61,7 +76,10 @@ class Finished:
     """Forwards the row took part in."""
     history: Tensor | None = None
     """[steps + 1, length], the canvas before the first and after every step, where the engine keeps a trace. Steps
-    that commit nothing by their schedule need no forward."""
+    that commit nothing by their schedule need no forward. Where a model edits, length is the greatest that the row had,
+    and -1 stands behind the end."""
+    answer: list[bool] | None = None
+    """Of a model that edits: which tokens are the answer's. None: those that were open."""
 
 
 def plan_for(lm: DiffusionLM, config: SamplerConfig) -> Plan:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 TOKEN, ORDER = 1, 2
 """Streams: the draw of a token, and the draw that orders positions."""
+EDIT, DELETE, INSERT, INSERTED = 3, 4, 5, 6
+"""Of edits: whether a token gives way, whether to none, whether one comes behind it, and which."""
 
 _GAMMA = -7046029254386353131  # the increments and multipliers of SplitMix64 (Steele et al., OOPSLA 2014), as int64
 _MIX_1 = -4658895280553007687

@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 
 from dllm_ray.errors import ConfigError, ModelError
@@ -12,10 +13,19 @@ from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.sampling import uniform_noise
 from dllm_ray.sampling.batch import Row
 from dllm_ray.sampling.config import SamplerConfig
+from dllm_ray.sampling.edit_flow import EditEngine, check_settings
 from dllm_ray.sampling.engine import Commit, Engine, plan_for
 from dllm_ray.sampling.noise import mix
 from dllm_ray.sampling.output import OnCommit, SampleOutput, until_stop
 from dllm_ray.sampling.plan import Plan
+
+
+def engine_for(
+    lm: DiffusionLM, max_rows: int | None = None, trace: bool = False, events: bool = False
+) -> Engine | EditEngine:
+    """What denoises rows of a model step by step: arguments as of `Engine`."""
+    make = Engine if lm.spec.edit_heads is None else EditEngine
+    return make(lm, max_rows, trace, events)
 
 
 class Sampler:
@@ -53,10 +63,8 @@ class Sampler:
         if self.is_uniform:
             seeds = self._seeds(len(prompts), seeds)
             return uniform_noise.generate(self.lm, self.config, prompts, seeds, trace, on_commit)
-        new, stops = self._new_tokens(prompts), self.lm.spec.stop_token_ids
-        return self._run(
-            self._continuations(prompts, seeds), trace, on_commit, lambda tokens: until_stop(tokens[:new], stops)
-        )
+        rows = self._continuations(prompts, seeds)
+        return self._run(rows, trace, on_commit, self._trim(self._new_tokens(prompts)))
 
     def infill(
         self,
@@ -81,6 +89,26 @@ class Sampler:
         """
         return self._run(self._gaps(rows, seeds), trace, on_commit, list)
 
+    def edit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        drafts: Sequence[Sequence[int]],
+        trace: bool = False,
+        seeds: Sequence[int] | None = None,
+        on_commit: OnCommit | None = None,
+    ) -> SampleOutput:
+        """Revises drafts of answers in place, as only a model with edit heads can.
+
+        Args:
+            prompts: as in `sample`; with `edit_prompt` they are revised too.
+            drafts: token ids, one list for each prompt; without end of text.
+            trace, seeds, on_commit: as in `sample`.
+
+        Raises:
+            ConfigError: as `sample`; or the model has no edit heads.
+        """
+        return self._run(self._answers(prompts, drafts, seeds), trace, on_commit, self._trim(None))
+
     def stream(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None = None, infill: bool = False
     ) -> Iterator[Commit]:
@@ -88,7 +116,7 @@ class Sampler:
         if self.is_uniform and not infill:
             yield from uniform_noise.stream(self.lm, self.config, prompts, self._seeds(len(prompts), seeds))
             return
-        engine = Engine(self.lm, self.max_rows, events=True)
+        engine = engine_for(self.lm, self.max_rows, events=True)
         for row in self.rows(prompts, seeds, infill):
             engine.admit(row)
         for row in engine.take_finished():  # nothing to write
@@ -113,6 +141,55 @@ class Sampler:
         """Whether the model's noise is drawn from the whole vocabulary: transformers' own generation samples it."""
         return self.lm.spec.mask_token_id is None and hasattr(self.lm.model.config, "canvas_length")
 
+    @property
+    def edits(self) -> bool:
+        """Whether the model edits: sequences change their lengths."""
+        return self.lm.spec.edit_heads is not None
+
+    def _answers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        drafts: Sequence[Sequence[int]] | None,
+        seeds: Sequence[int] | None,
+    ) -> list[Row]:
+        """Rows of a model that edits. Without a draft an answer begins with `start_tokens` masks."""
+        if not self.edits:
+            raise ConfigError("the model has no edit heads: only one that was trained with edit_flow revises a draft")
+        config, spec = self.config, self.lm.spec
+        check_settings(config)
+        _check_rows(prompts)
+        first = spec.eos_token_id if spec.bos_token_id is None else spec.bos_token_id
+        prompts = [list(prompt) or [first] for prompt in prompts]
+        new = self._new_tokens(prompts)
+        if drafts is None:
+            drafts = [[spec.mask_token_id] * config.start_tokens] * len(prompts)
+        _check_rows(drafts)
+        rows = []
+        for key, (prompt, draft, seed) in enumerate(
+            zip(prompts, drafts, self._seeds(len(prompts), seeds), strict=True)
+        ):
+            open_prompt = [config.edit_prompt and place > 0 for place in range(len(prompt))]
+            rows.append(
+                Row(
+                    tokens=prompt + list(draft),
+                    open=open_prompt + [True] * len(draft),
+                    config=config,
+                    block_start=len(prompt),
+                    block_size=new,
+                    steps_per_block=config.steps,
+                    seed=seed,
+                    early_stop=False,
+                    key=key,
+                    longest=len(prompt) + max(new, len(draft)),
+                    gates=(len(prompt) - 1,),
+                )
+            )
+        return rows
+
+    def _trim(self, new: int | None) -> Callable[[list[int]], list[int]]:
+        """What is left of an answer: up to an end of text, and `new` tokens at most."""
+        return lambda tokens: until_stop(tokens[:new], self.lm.spec.stop_token_ids)
+
     def _require_mask(self) -> None:
         if self.is_uniform:
             raise ModelError(f"{self.lm.spec.family} has no mask token, so nothing can be filled in: give it a prompt")
@@ -123,6 +200,8 @@ class Sampler:
             )
 
     def _continuations(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None) -> list[Row]:
+        if self.edits:
+            return self._answers(prompts, None, seeds)
         self._require_mask()
         plan = plan_for(self.lm, self.config)
         _check_rows(prompts)
@@ -179,6 +258,8 @@ class Sampler:
         return asked or own
 
     def _gaps(self, rows: Sequence[Sequence[int]], seeds: Sequence[int] | None) -> list[Row]:
+        if self.edits:
+            return self._edited_gaps(rows, seeds)
         self._require_mask()
         _check_rows(rows)
         plan, longest = plan_for(self.lm, self.config), max(map(len, rows), default=0)
@@ -204,11 +285,42 @@ class Sampler:
             for key, (tokens, seed) in enumerate(zip(rows, self._seeds(len(rows), seeds), strict=True))
         ]
 
+    def _edited_gaps(self, rows: Sequence[Sequence[int]], seeds: Sequence[int] | None) -> list[Row]:
+        """Rows of a model that edits, whose gaps begin with up to `start_tokens` of their masks each."""
+        check_settings(self.config)
+        _check_rows(rows)
+        mask, made = self.lm.spec.mask_token_id, []
+        for key, (tokens, seed) in enumerate(zip(rows, self._seeds(len(rows), seeds), strict=True)):
+            if not tokens or tokens[0] == mask:
+                raise ConfigError("a gap at the beginning has no token that anything could be inserted behind")
+            is_mask = np.array(tokens) == mask
+            begins = is_mask & ~np.roll(is_mask, 1)
+            place = np.arange(len(tokens))
+            run = place - np.maximum.accumulate(np.where(begins, place, 0))  # places since the gap began
+            kept = ~is_mask | (run < self.config.start_tokens)
+            gates = kept.cumsum()[place[begins] - 1] - 1
+            made.append(
+                Row(
+                    tokens=np.array(tokens)[kept].tolist(),
+                    open=is_mask[kept].tolist(),
+                    config=self.config,
+                    block_start=0,
+                    block_size=max(len(tokens), 1),
+                    steps_per_block=self.config.steps,
+                    seed=seed,
+                    early_stop=False,
+                    key=key,
+                    longest=len(tokens),
+                    gates=tuple(gates.tolist()),
+                )
+            )
+        return made
+
     def _run(
         self, rows: list[Row], trace: bool, on_commit: OnCommit | None, trim: Callable[[list[int]], list[int]]
     ) -> SampleOutput:
         began = time.perf_counter()
-        engine = Engine(self.lm, self.max_rows, trace=trace, events=trace or on_commit is not None)
+        engine = engine_for(self.lm, self.max_rows, trace=trace, events=trace or on_commit is not None)
         commits: dict[int, list[Commit]] = {row.key: [] for row in rows}
         for row in rows:
             engine.admit(row)
@@ -222,7 +334,7 @@ class Sampler:
         return SampleOutput(
             sequences=[item.tokens for item in done],
             completions=[
-                trim([token for token, written in zip(item.tokens, row.open, strict=True) if written])
+                trim([token for token, written in zip(item.tokens, item.answer or row.open, strict=True) if written])
                 for row, item in zip(rows, done, strict=True)
             ],
             row_nfe=[item.nfe for item in done],

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_ray.objectives import NoisyBatch, Part
-from dllm_ray.objectives.masked import MaskedDiffusion
+from dllm_ray.objectives.batch import Noisy, Objective, Part
 from dllm_ray.objectives.samples import needs_bos
 from dllm_ray.training.config import TrainConfig
 from dllm_ray.training.optimizer import learning_rate
@@ -65,7 +64,7 @@ class StepResult:
 
 def train_steps(
     strategy: Strategy,
-    objective: MaskedDiffusion,
+    objective: Objective,
     batches: Iterable[Batch],
     config: TrainConfig,
     total_steps: int,
@@ -96,7 +95,7 @@ def train_steps(
         denominator, stop = strategy.sum(
             objective.denominator(noisy), torch.tensor(float(asked_to_stop()), device=strategy.device)
         )
-        rows = noisy.input_ids.shape[0]
+        rows = len(noisy)
         size = config.micro_batch_size or rows
         results = []
         for start in range(0, rows, size):
@@ -122,7 +121,7 @@ def train_steps(
         )
 
 
-def _corrupt(strategy: Strategy, objective: MaskedDiffusion, batch: Batch, generator: torch.Generator) -> NoisyBatch:
+def _corrupt(strategy: Strategy, objective: Objective, batch: Batch, generator: torch.Generator) -> Noisy:
     part = batch.part
     if objective.shift_logits and strategy.world_size > 1:
         # a BOS stands in front of all samples or of none, whichever worker has them
@@ -132,10 +131,10 @@ def _corrupt(strategy: Strategy, objective: MaskedDiffusion, batch: Batch, gener
 
 
 @torch.no_grad()
-def _poisoned(strategy: Strategy, objective: MaskedDiffusion, noisy: NoisyBatch, part: Part) -> list[int]:
+def _poisoned(strategy: Strategy, objective: Objective, noisy: Noisy, part: Part) -> list[int]:
     """Rows of the global batch whose loss isn't finite. Every worker has as many rows, so forwards stay in step."""
     bad = torch.zeros(part.total, device=strategy.device)
-    for row in range(noisy.input_ids.shape[0]):
+    for row in range(len(noisy)):
         with strategy.autocast():
             loss = objective.loss(strategy.lm, noisy.rows(row, row + 1)).loss
         if part.start + row < part.total:
@@ -144,8 +143,9 @@ def _poisoned(strategy: Strategy, objective: MaskedDiffusion, noisy: NoisyBatch,
 
 
 @torch.no_grad()
-def validate(strategy: Strategy, objective: MaskedDiffusion, batches: Iterable[Batch], seed: int) -> tuple[float, int]:
-    """The mean negative ELBO per target token over the validation rows; the same noise at every call.
+def validate(strategy: Strategy, objective: Objective, batches: Iterable[Batch], seed: int) -> tuple[float, int]:
+    """The mean negative ELBO per target token over the validation rows (of Edit Flow: its loss per token); the same
+    noise at every call.
 
     Args:
         strategy, objective: as in `train_steps`.

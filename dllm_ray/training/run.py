@@ -17,7 +17,8 @@ from dllm_ray.data.tokenize import texts
 from dllm_ray.errors import ConfigError, ModelError
 from dllm_ray.models import adapters, blueprint, load, scratch, tokenizers
 from dllm_ray.models.spec import DiffusionSpec
-from dllm_ray.objectives import build
+from dllm_ray.models.vocabulary import rows_needed
+from dllm_ray.objectives import Objective, build
 from dllm_ray.objectives.config import ObjectiveConfig
 from dllm_ray.training import checkpoint, report, trainer
 from dllm_ray.training.config import Elastic, TrainConfig
@@ -57,9 +58,8 @@ def _train(job: TrainingJob, name: str, folder: RunFolder) -> None:
     with section("data"):
         corpus = prepare.resolve(job.data, job.train.max_length, job.seed)
         valid_corpus = prepare.resolve_valid(job.data, job.train.max_length, job.seed)
-    tokenizer, spec = _tokenizer_and_spec(job, folder, corpus)
-    with section("objective"):
-        build(job.objective, spec)  # what doesn't fit the model is known now
+    tokenizer, spec, context = _tokenizer_and_spec(job, folder, corpus)
+    objective = _objective(job, spec, tokenizer, context)  # what doesn't fit the model is known now
 
     with contextlib.ExitStack() as stack:
         early = prepare.needs_ray(corpus, job.train.max_steps)
@@ -84,7 +84,19 @@ def _train(job: TrainingJob, name: str, folder: RunFolder) -> None:
         record = stack.enter_context(tracking.start(name, to_dict(job), folder.path, job.tracking, tags, resume))
         folder.update(mlflow_run=record.run_id)
         record.json("data.json", report.data_facts(prepared))
-        _fit(job, name, folder, prepared, tokenizer, shares, record)
+        _fit(job, name, folder, prepared, tokenizer, objective, shares, record)
+
+
+def _objective(job: TrainingJob, spec: DiffusionSpec, tokenizer, context: int | None) -> Objective:
+    with section("objective"):
+        objective = build(job.objective, spec, rows_needed(tokenizer), context, job.seed)
+    if objective.name == "edit_flow" and spec.edit_heads is None and job.lora.rank is not None:
+        raise ConfigError(
+            "an adapter needs its base's edit heads: make a model with some first, python jobs/convert.py "
+            f"--model.path {job.model.path} --to editflow --output_dir EDITS",
+            "lora.rank",
+        )
+    return objective
 
 
 def prepare_data(
@@ -111,7 +123,7 @@ def prepare_data(
             batch_size=train.batch_size,
             max_length=train.max_length,
             max_steps=train.max_steps,
-            padding=spec.padding,
+            padding="ignore" if objective.name == "edit_flow" else spec.padding,
             block_size=objective.block_size if objective.name == "bd3lm" else spec.block_size,
             mapper=mapper,
         )
@@ -123,6 +135,7 @@ def _fit(
     folder: RunFolder,
     prepared: Prepared,
     tokenizer,
+    objective: Objective,
     shares: cluster.Shares,
     record: tracking.Run,
 ) -> None:
@@ -133,6 +146,7 @@ def _fit(
         lora=job.lora,
         tokenizer=tokenizer,
         objective=job.objective,
+        vocabulary=rows_needed(tokenizer),
         train=job.train,
         sampler=job.sampler,
         look_every=job.observe.every,
@@ -143,7 +157,7 @@ def _fit(
         packed=job.data.packing,
         settings=settings,
     )
-    stream = TrainStream(prepared.feed, prepared.batching, prepared.padding, plan, shares.data_cpus)
+    stream = TrainStream(prepared.feed, prepared.batching, prepared.padding, plan, shares.data_cpus, objective.pairs)
     watcher = report.Watcher(plan.steps, record, prepared)
     look = Look(job.model, job.sampler, prepared.valid, job.observe.sample_rows, job.observe.evaluation(), job.seed)
     gpus = job.observe.gpus
@@ -185,8 +199,8 @@ def _fit(
     print(f"tracking  run {record.run_id}: {tracking.ui_command(record.uri)}")
 
 
-def _tokenizer_and_spec(job: TrainingJob, folder: RunFolder, corpus: Corpus) -> tuple[Any, DiffusionSpec]:
-    """The model's tokenizer (trained on the data for a model from scratch) and spec; checks the context length."""
+def _tokenizer_and_spec(job: TrainingJob, folder: RunFolder, corpus: Corpus) -> tuple[Any, DiffusionSpec, int | None]:
+    """The model's tokenizer (trained on the data for a model from scratch), spec and context; checks its length."""
     if job.model.path is not None:
         load.check_path(job.model.path)
         if adapters.is_adapter(job.model.path):
@@ -200,7 +214,7 @@ def _tokenizer_and_spec(job: TrainingJob, folder: RunFolder, corpus: Corpus) -> 
             print("note      this model's attention is block-causal: objective.name bd3lm trains it as it is sampled")
         if limit is not None and job.train.max_length > limit:
             raise ConfigError(f"{job.train.max_length} exceeds the model's context of {limit}", "train.max_length")
-        return tokenizer, spec
+        return tokenizer, spec, limit
     kept = folder.path / TOKENIZER
     if folder.resumed and kept.is_dir():
         tokenizer = tokenizers.load_tokenizer(str(kept))
@@ -210,7 +224,8 @@ def _tokenizer_and_spec(job: TrainingJob, folder: RunFolder, corpus: Corpus) -> 
         )
         tokenizer.save_pretrained(kept)
     scratch.check(job.model.scratch, tokenizer)
-    return tokenizer, blueprint.describe(job.model.scratch.architecture, tokenizer)
+    spec = blueprint.describe(job.model.scratch.architecture, tokenizer)
+    return tokenizer, spec, job.model.scratch.max_position_embeddings
 
 
 def _join_cluster(train: TrainConfig, stack: contextlib.ExitStack) -> cluster.Shares:

@@ -29,6 +29,7 @@ from dllm_ray.data.batches import PaddingRule, deal, pad
 from dllm_ray.data.mixture import GlobalBatches, TrainStream, WorkerBatches
 from dllm_ray.data.tokenize import TokenRows
 from dllm_ray.errors import DllmRayError, TrainingError
+from dllm_ray.models import edit_heads
 from dllm_ray.models.adapters import add_lora, count_parameters
 from dllm_ray.models.config import LoRAConfig, ModelConfig
 from dllm_ray.models.lm import DiffusionLM
@@ -51,6 +52,8 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1.0")
 _DRIVER_PATIENCE_S = 30.0
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
+_VALIDATION = 1 << 40  # keeps what the objective draws for validation rows apart from the steps'
+
 _MOST_SKIPPED = 10
 """Steps in a row that may be left out for a gradient that isn't finite, before the run has diverged."""
 
@@ -67,6 +70,8 @@ class TrainTask:
     lora: LoRAConfig
     tokenizer: Any
     objective: ObjectiveConfig
+    vocabulary: int
+    """Tokens of the tokenizer."""
     train: TrainConfig
     """Resolved: no field that the run depends on is null."""
     sampler: SamplerConfig
@@ -258,14 +263,14 @@ class _Worker:
             torch.set_num_threads(task.train.threads_per_worker or max(cores // self.context.get_local_world_size(), 1))
         lm = open_model(task.model, task.tokenizer, task.seed, str(device))
         check_training(lm.model, task.padding.masks, task.packed or task.objective.name == "bd3lm")
+        lm = trained_lm(lm, task.objective, task.sampler, task.seed)
         for name in unused_parameters(lm.model):  # DDP would wait for their gradients
             lm.model.get_parameter(name).requires_grad_(False)
-        lm.spec = trained_spec(lm, task.objective, task.sampler)
         if task.lora.rank is not None:
             lm = add_lora(lm, task.lora, task.seed)
         self.parameters, self.trainable = count_parameters(lm.model)  # a strategy may cut them up
         self.strategy: Strategy = wrap(lm, task.train)
-        self.objective = build(task.objective, lm.spec)
+        self.objective = build(task.objective, lm.spec, task.vocabulary, lm.max_length, task.seed)
         self.shard: WorkerBatches = ray.train.get_dataset_shard("train")
         self.valid_nll: float | None = None
         self.checkpoints = 0
@@ -386,7 +391,10 @@ class _Worker:
         valid, size = self.task.valid, self.task.train.batch_size
         for start in range(0, len(valid), size):
             rows = valid.take(np.arange(start, min(start + size, len(valid))))
-            parts = deal(pad(rows, self.task.padding), self.strategy.world_size)
+            arrays = pad(rows, self.task.padding)
+            if self.objective.pairs is not None:
+                arrays = self.objective.pairs(arrays, _VALIDATION + start)
+            parts = deal(arrays, self.strategy.world_size)
             own = parts[self.strategy.rank]
             tensors = {name: torch.from_numpy(array) for name, array in own.items()}
             part = Part(self.strategy.rank * len(parts[0]["input_ids"]), len(rows))
@@ -436,10 +444,19 @@ class _Worker:
             self._sent = self.mailbox.post.remote({"kind": kind, "step": step, **values})
 
 
+def trained_lm(lm: DiffusionLM, objective: ObjectiveConfig, sampler: SamplerConfig, seed: int) -> DiffusionLM:
+    """The model as an objective trains it: with the facts of `trained_spec`, and for Edit Flow with edit heads."""
+    if objective.name == "edit_flow" and lm.spec.edit_heads is None:
+        lm = edit_heads.attach(lm, objective.edit_time, seed)
+    return DiffusionLM(lm.model, lm.tokenizer, trained_spec(lm, objective, sampler))
+
+
 def trained_spec(lm: DiffusionLM, objective: ObjectiveConfig, sampler: SamplerConfig) -> DiffusionSpec:
-    """The facts of a model after training: BD3LM makes its attention block-causal, and its default sampler settings
-    are those it was trained beside."""
+    """The facts of a model after training: BD3LM makes its attention block-causal, Edit Flow's sampler follows the
+    objective's schedule, and the default sampler settings are those it was trained beside."""
     spec = with_sampler(lm.spec, sampler)
+    if objective.name == "edit_flow":
+        return dataclasses.replace(spec, sampler=dict(spec.sampler) | {"kappa": objective.kappa})
     if objective.name != "bd3lm":
         return spec
     fits = {"block_size": objective.block_size}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_ray.data.builtin import TASKS, is_correct, rows
+from dllm_ray.data.builtin.digits import TASKS, is_correct, rows
 
 
 def numbers(split: str, count: int, seed: int = 0) -> set[str]:

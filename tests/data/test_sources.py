@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_ray.data import builtin, sources
+from dllm_ray.data import sources
+from dllm_ray.data.builtin import digits
 from dllm_ray.data.sources import head, resolve, snippet
 from dllm_ray.errors import DataError
 
@@ -250,13 +251,13 @@ class TestBuiltin:
     def test_its_shards_laid_end_to_end_are_its_rows(self, monkeypatch):
         monkeypatch.setattr(sources, "SHARD_ROWS", 10)
         assert len(resolve("builtin:digits[train:25]")) == 3
-        assert read("builtin:digits[train:25]") == list(builtin.rows("train", 0, 25))
+        assert read("builtin:digits[train:25]") == list(digits.rows("train", 0, 25))
 
     def test_a_seed_may_be_given(self):
-        assert read("builtin:digits?seed=4[test:5]") == list(builtin.rows("test", 0, 5, seed=4))
+        assert read("builtin:digits?seed=4[test:5]") == list(digits.rows("test", 0, 5, seed=4))
 
     def test_it_is_the_training_split_unless_told_otherwise(self):
-        assert head(resolve("builtin:digits"), 1)[0][1] == next(builtin.rows("train", 0, 1))
+        assert head(resolve("builtin:digits"), 1)[0][1] == next(digits.rows("train", 0, 1))
 
     @pytest.mark.parametrize("source", ["builtin:letters", "builtin:digits[valid:3]", "builtin:digits[train:x]"])
     def test_another_name_or_split_is_refused(self, source):

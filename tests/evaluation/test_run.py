@@ -7,7 +7,7 @@ import pytest
 from evaluation_testing import FixedAnswers
 
 from dllm_ray.config import load_yaml
-from dllm_ray.data import builtin
+from dllm_ray.data.builtin import digits
 from dllm_ray.errors import DataError, EvaluationError
 from dllm_ray.evaluation import run
 from dllm_ray.evaluation.config import EvaluateConfig
@@ -27,12 +27,12 @@ def solve_digits(question: str) -> str:
     task, number = question.split()
     if task == "shuffle":
         return number[1:] + number[:1] if len(set(number)) > 1 else number
-    return builtin._answer(task, number, None)
+    return digits._answer(task, number, None)
 
 
 def test_digits_gives_full_marks_to_right_answers():
     scores = ask(solve_digits, EvaluateConfig(tasks=("digits",), limit=50))["digits"]
-    assert scores == dict.fromkeys(["exact_match", *builtin.TASKS], 1.0)
+    assert scores == dict.fromkeys(["exact_match", *digits.TASKS], 1.0)
 
 
 def test_digits_counts_each_kind_of_task_by_itself():
@@ -132,9 +132,9 @@ def test_tasks_are_looked_up_with_their_documents_and_metrics(maths):
     assert (found.name, found.documents, found.filters) == ("gsm8k_file", 2, ["strict", "flexible"])
     assert found.metrics["exact_match"]([0.0, 1.0]) == 0.5
     assert found.higher_is_better == {"exact_match": True}
-    (digits,) = look_up(EvaluateConfig(tasks=("digits",), limit=3))
-    assert (digits.documents, digits.filters) == (500, ["none"])
-    assert list(digits.metrics) == ["exact_match", *builtin.TASKS]
+    (built_in,) = look_up(EvaluateConfig(tasks=("digits",), limit=3))
+    assert (built_in.documents, built_in.filters) == (500, ["none"])
+    assert list(built_in.metrics) == ["exact_match", *digits.TASKS]
 
 
 def choices(folder, sizes):

@@ -4,15 +4,15 @@ from typing import Any
 
 import datasets
 
-from dllm_ray.data import builtin
+from dllm_ray.data.builtin import digits
 
 
 def dataset(rows: int, **_metadata: Any) -> dict[str, datasets.Dataset]:
     """The first rows of the test split."""
-    return {"test": datasets.Dataset.from_list(list(builtin.rows("test", 0, rows)))}
+    return {"test": datasets.Dataset.from_list(list(digits.rows("test", 0, rows)))}
 
 
 def process_results(doc: dict[str, str], results: list[str]) -> dict[str, float]:
     """Right or wrong, under `exact_match` and under the document's own kind of task."""
-    right = float(builtin.is_correct(doc["prompt"], results[0]))
+    right = float(digits.is_correct(doc["prompt"], results[0]))
     return {"exact_match": right, doc["task"]: right}

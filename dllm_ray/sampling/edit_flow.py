@@ -1,0 +1,519 @@
+"""The engine of models that edit: sequences change by insertions, deletions and substitutions (Edit Flows, Havasi et
+al., arXiv 2506.09018, sampled by tau-leaping).
+
+Rows of different and changing length share a batch; the interface is that of `engine.Engine`. Time runs from 0 to 1 in
+steps, in each of which a row's edits happen with probability rate * w(t) * tau. Where rates depend on the sequence
+alone, a row's coming steps follow from one forward up to the one in which something happens: it goes there at once, and
+is done where nothing happens any more. Draws come from the row's seed, step and position, so its text is the same
+whatever else is in the batch.
+
+Shapes: R rows, T positions, S steps, N edits with a token.
+"""
+
+import dataclasses
+from collections import deque
+from dataclasses import dataclass, field
+from numbers import Integral
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dllm_ray.errors import ConfigError, ModelError
+from dllm_ray.models.lm import DiffusionLM
+from dllm_ray.objectives.schedules import edit_rate, kappa_schedule
+from dllm_ray.sampling.batch import Row
+from dllm_ray.sampling.config import KAPPAS, SamplerConfig
+from dllm_ray.sampling.engine import Commit, Edit, Finished
+from dllm_ray.sampling.noise import DELETE, EDIT, INSERT, INSERTED, TOKEN, uniform
+from dllm_ray.sampling.proposals import Rules, propose, suppress
+
+_HONOURED = frozenset(
+    ("max_new_tokens", "max_length", "steps", "temperature", "top_p", "top_k", "suppress_tokens", "eos_penalty")
+    + ("eos_early_stop", "shift_logits", "seed", "kappa", "start_tokens", "edit_prompt", "edit_probability")
+)
+_SUREST = 1 - 1e-6  # probability of an edit in one step
+_END = 1 - 1e-9  # of time
+_AHEAD = 4  # steps looked at, at first
+_MOST_AHEAD = 1 << 20  # steps times positions looked at together
+
+
+def check_settings(config: SamplerConfig) -> None:
+    """Refuses settings that would be without effect on a model that edits.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    defaults = SamplerConfig()
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if item.name not in _HONOURED and value != getattr(defaults, item.name):
+            raise ConfigError(f"{value!r} has no meaning for a model that edits: leave it out", item.name)
+    if config.shift_logits is not None:
+        raise ConfigError("edit heads read where they were trained to: leave it out", "shift_logits")
+
+
+@dataclass
+class _Item:
+    """A row in the batch: what isn't an array of all rows."""
+
+    row: Row
+    history: list[np.ndarray] = field(default_factory=list)
+
+
+class EditEngine:
+    """Edits rows step by step.
+
+    Args:
+        lm: a model with edit heads, in eval mode.
+        max_rows: most rows in a batch; others wait. None: no limit.
+        trace: keep every row's sequence after each step that changed it.
+        events: return what each step changed (`step`).
+    """
+
+    def __init__(self, lm: DiffusionLM, max_rows: int | None = None, trace: bool = False, events: bool = False):
+        if lm.spec.edit_heads is None:
+            raise ModelError(
+                "the model has no edit heads: give it some with jobs/convert.py --to editflow, and train it"
+            )
+        if max_rows is not None and max_rows < 1:
+            raise ConfigError(f"must be at least 1, got {max_rows}", "max_rows")
+        self.lm = lm
+        self.max_rows = max_rows
+        self.trace = trace
+        self.events = events
+        self.forwards = 0
+        self._vocabulary = lm.model.get_input_embeddings().num_embeddings
+        self._waiting: deque[Row] = deque()
+        self._items: list[_Item] = []
+        self._state = _State.of([], lm.spec.pad_token_id)
+        self._finished: list[Finished] = []
+
+    def admit(self, row: Row) -> None:
+        """Queues a row; it joins the batch at the next step that has room.
+
+        Raises:
+            ConfigError: the row may grow longer than the model's context, names a token that the model doesn't have, or
+                has settings that mean nothing here.
+        """
+        self.check(row)
+        self._waiting.append(row)
+
+    def check(self, row: Row) -> None:
+        """Makes sure that a row can be admitted. Reads nothing that steps change: any thread may ask.
+
+        Raises:
+            ConfigError: as `admit`.
+        """
+        longest, limit = max(len(row.tokens), row.longest or 0), self.lm.max_length
+        if limit is not None and longest > limit:
+            raise ConfigError(
+                f"a sequence of {longest} tokens (prompt and the longest answer) doesn't fit the model's context of "
+                f"{limit}: shorten the prompt or lower max_new_tokens"
+            )
+        for tokens in (row.tokens, row.config.suppress_tokens):
+            if not all(isinstance(token, Integral) for token in tokens):
+                raise ConfigError("expected token ids, a list of whole numbers for each row")
+            for token in (min(tokens), max(tokens)) if tokens else ():
+                if not 0 <= token < self._vocabulary:
+                    raise ConfigError(f"token {token} is outside the model's vocabulary of {self._vocabulary}")
+        if len({*row.config.suppress_tokens, self.lm.spec.mask_token_id}) >= self._vocabulary:
+            raise ConfigError("leaves no token to write with", "suppress_tokens")
+        if not -(2**63) <= row.seed < 2**63:
+            raise ConfigError(f"a row's seed must fit 64 bits, got {row.seed}", "seed")
+        if not row.tokens or row.open[0]:
+            raise ConfigError("a sequence begins with a token that stays: there is nothing to insert behind")
+        check_settings(row.config)
+
+    def cancel(self, key: int) -> Finished | None:
+        """Takes a row out, waiting or active, between two steps. Others go on as if it had never been there.
+
+        Returns:
+            What it had come to. None: no such row is waiting or active.
+        """
+        for row in self._waiting:
+            if row.key == key:
+                self._waiting.remove(row)
+                alone = _State.of([row], self.lm.spec.pad_token_id)
+                return self._result(alone, 0, _Item(row, [alone.text(0)] if self.trace else []))
+        for place, item in enumerate(self._items):
+            if item.row.key == key:
+                come_to = self._result(self._state, place, item)
+                stays_R = np.ones(len(self._items), np.bool_)
+                stays_R[place] = False
+                self._keep(stays_R)
+                return come_to
+        return None
+
+    @property
+    def busy(self) -> bool:
+        """Whether any row is active or waiting."""
+        return bool(self._items or self._waiting)
+
+    def take_finished(self) -> list[Finished]:
+        """Rows that became done since the last call."""
+        done, self._finished = self._finished, []
+        return done
+
+    @torch.inference_mode()
+    def step(self) -> list[Commit]:
+        """One forward for all active rows; each goes on to its next change, and finished rows go.
+
+        Returns:
+            What was changed on each row, when the engine was made with `events`; else an empty list. A row on which
+            nothing happens any more says so with an empty commit.
+
+        Raises:
+            ModelError: the model gives NaN.
+        """
+        self._join()
+        if not self._items:
+            return []
+        state = self._state
+        hidden_RTH, rates_RT3 = self._forward()
+        happened_RT3 = self._next_change(np.where(state.may(), rates_RT3, 0))
+        edits = self._tokens(hidden_RTH, happened_RT3)
+        place_N = state.apply(happened_RT3, edits)
+        done_R = state.time >= _END
+        commits = self._commits(happened_RT3, edits, place_N, done_R) if self.events else []
+        if self.trace:
+            for number in np.flatnonzero(happened_RT3.any(axis=(1, 2))):
+                self._items[number].history.append(state.text(number))
+        if done_R.any():
+            self._finished += [self._result(state, number, self._items[number]) for number in np.flatnonzero(done_R)]
+            self._keep(~done_R)
+        return commits
+
+    def _join(self) -> None:
+        room = len(self._waiting) if self.max_rows is None else self.max_rows - len(self._items)
+        new = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+        if not new:
+            return
+        joined = _State.of(new, self.lm.spec.pad_token_id)
+        if self.trace:
+            self._items += [_Item(row, [joined.text(number)]) for number, row in enumerate(new)]
+        else:
+            self._items += [_Item(row) for row in new]
+        self._state = self._state.joined(joined)
+
+    def _forward(self) -> tuple[Tensor, np.ndarray]:
+        """What the token heads read, [R, T, H] on the device, and the rates [R, T, 3] on the host."""
+        state, module, device = self._state, self.lm.module, self.lm.device
+        ids_RT = torch.from_numpy(state.canvas).to(device)
+        valid_RT = torch.from_numpy(state.valid()).to(device)
+        hidden_RTH = module.hidden(ids_RT, None if bool(state.valid().all()) else valid_RT.long())
+        t_R = torch.from_numpy(state.time).to(device, torch.float32)
+        hidden_RTH = module.heads.at_time(hidden_RTH, t_R)
+        rates_RT3 = module.heads.rates_of(hidden_RTH, self.lm.spec.shift_logits).cpu().numpy()
+        if np.isnan(rates_RT3).any():
+            raise ModelError("the model's rates are not numbers (NaN): its weights or their dtype are broken")
+        self.forwards += 1
+        state.nfe += 1
+        return hidden_RTH, rates_RT3
+
+    def _next_change(self, rates_RT3: np.ndarray) -> np.ndarray:
+        """Moves each row's clock behind its next step in which something happens, or to the end.
+
+        Returns:
+            [R, T, 3] bool, what happens in that step: substitutions, deletions, insertions.
+        """
+        state = self._state
+        gives_way_RT, inserts_RT = rates_RT3[:, :, 0] + rates_RT3[:, :, 1], rates_RT3[:, :, 2]
+        happened_RT3 = np.zeros(rates_RT3.shape, np.bool_)
+        likely = np.flatnonzero((rates_RT3 > 0).any(axis=(0, 2)))
+        low, high = (int(likely[0]), int(likely[-1]) + 1) if len(likely) else (0, 1)
+        column_T = torch.arange(low, high)
+        fastest_R = np.maximum(gives_way_RT, inserts_RT).max(axis=1)
+        stepwise = self.lm.module.heads.time is not None  # rates change with every step
+        rows, ahead = np.arange(len(self._items)), 1 if stepwise else _AHEAD
+        while len(rows):
+            ahead = max(min(ahead, _MOST_AHEAD // (len(rows) * (high - low))), 1)
+            step_PS, share_PS, time_PS = state.schedule(rows, fastest_R[rows], ahead)
+            seed_P11 = torch.from_numpy(state.seed[rows])[:, None, None]
+            where = (seed_P11, torch.from_numpy(step_PS)[:, :, None], column_T)
+            chance = [
+                np.minimum(rate[rows, None, low:high] * share_PS[:, :, None], _SUREST)
+                for rate in (gives_way_RT, inserts_RT)
+            ]
+            gives_way = uniform(*where, EDIT).numpy() < chance[0]
+            inserts = uniform(*where, INSERT).numpy() < chance[1]
+            any_PS = (gives_way | inserts).any(axis=2)
+            hit_P = any_PS.any(axis=1)
+            last_P = np.where(hit_P, any_PS.argmax(axis=1), ahead - 1)
+            place = np.arange(len(rows))
+            state.step[rows], state.time[rows] = step_PS[place, last_P] + 1, time_PS[place, last_P]
+            hits = rows[hit_P]
+            happened_RT3[hits, low:high, 0] = gives_way[place, last_P][hit_P]
+            happened_RT3[hits, low:high, 2] = inserts[place, last_P][hit_P]
+            rows = rows[~hit_P & (state.time[rows] < _END)]
+            if stepwise:
+                break
+            ahead *= 2
+        row_N, column_N = happened_RT3[:, :, 0].nonzero()
+        if len(row_N):
+            share_N = rates_RT3[row_N, column_N, 1] / (gives_way_RT[row_N, column_N] + 1e-8)
+            happened_RT3[row_N, column_N, 1] = state.draws(row_N, column_N, DELETE) < share_N
+            happened_RT3[:, :, 0] &= ~happened_RT3[:, :, 1]
+        rank_RT = happened_RT3[:, :, 2].cumsum(axis=1)
+        happened_RT3[:, :, 2] &= rank_RT <= (state.longest - state.length)[:, None]
+        return happened_RT3
+
+    def _tokens(self, hidden_RTH: Tensor, happened_RT3: np.ndarray) -> "_Tokens":
+        """The tokens of substitutions and insertions, in order of rows and positions."""
+        row_N, column_N, kind_N = happened_RT3[:, :, [0, 2]].nonzero()
+        inserted_N = kind_N == 1
+        if not len(row_N):
+            return _Tokens(row_N, column_N, inserted_N, row_N, np.zeros(0, np.float32))
+        state, module, device = self._state, self.lm.module, self.lm.device
+        inserted = torch.from_numpy(inserted_N).to(device)
+        source_N = module.source(torch.from_numpy(column_N).to(device), inserted)
+        row = torch.from_numpy(row_N).to(device)
+        logits_NV = module.tokens(hidden_RTH[row, source_N], inserted).float()
+        draws_N = np.where(
+            inserted_N, state.draws(row_N, column_N, INSERTED), state.draws(row_N, column_N, TOKEN)
+        ).astype(np.float32)
+        token_N = np.zeros(len(row_N), np.int64)
+        confidence_N = np.zeros(len(row_N), np.float32)
+        for config, members in self._alike(row_N):
+            chosen = torch.from_numpy(members).to(device)
+            logits = logits_NV[chosen]
+            suppress(logits, config.suppress_tokens)
+            logits[:, list(self.lm.spec.stop_token_ids)] -= config.eos_penalty
+            rules = Rules() if config.temperature == 0 else self._drawing(config, torch.from_numpy(draws_N[members]))
+            token, confidence = propose(logits, rules, self.lm.spec.mask_token_id)
+            token_N[members], confidence_N[members] = token.cpu().numpy(), confidence.float().cpu().numpy()
+        return _Tokens(row_N, column_N, inserted_N, token_N, confidence_N)
+
+    def _alike(self, row_N: np.ndarray) -> list[tuple[SamplerConfig, np.ndarray]]:
+        """Settings, and which of the N have them."""
+        kinds: dict[tuple, tuple[SamplerConfig, list[int]]] = {}
+        for number, item in enumerate(self._items):
+            config = item.row.config
+            of_tokens = (config.temperature, config.top_p, config.top_k, config.suppress_tokens, config.eos_penalty)
+            kinds.setdefault(of_tokens, (config, []))[1].append(number)
+        found = [(config, np.flatnonzero(np.isin(row_N, rows))) for config, rows in kinds.values()]
+        return [(config, members) for config, members in found if len(members)]
+
+    def _drawing(self, config: SamplerConfig, draws_N: Tensor) -> Rules:
+        def all_of(value: float | int | None) -> Tensor | None:
+            return None if value is None else torch.full((len(draws_N),), value, device=self.lm.device)
+
+        return Rules(
+            uniform_N=draws_N.to(self.lm.device),
+            temperature_N=all_of(float(config.temperature)),
+            top_p_N=all_of(config.top_p),
+            top_k_N=all_of(config.top_k),
+        )
+
+    def _commits(
+        self, happened_RT3: np.ndarray, tokens: "_Tokens", place_N: np.ndarray, done_R: np.ndarray
+    ) -> list[Commit]:
+        commits = [
+            Commit(item.row.key, int(self._state.step[number]) - 1, [], [], [], bool(done_R[number]), [])
+            for number, item in enumerate(self._items)
+        ]
+        for number, position in zip(*happened_RT3[:, :, 1].nonzero(), strict=True):
+            commits[number].edits.append(Edit("delete", int(position), None))
+        listed = (array.tolist() for array in (tokens.row, tokens.column, tokens.inserted, tokens.token))
+        for number, position, inserted, token in zip(*listed, strict=True):
+            commits[number].edits.append(Edit("insert" if inserted else "substitute", position, token))
+        listed = (array.tolist() for array in (tokens.row, place_N, tokens.token, tokens.confidence))
+        for number, place, token, confidence in zip(*listed, strict=True):
+            commit = commits[number]
+            commit.positions.append(place)
+            commit.tokens.append(token)
+            commit.confidences.append(confidence)
+        for commit in commits:
+            commit.edits.sort(key=lambda edit: (edit.position, edit.kind == "insert"))
+        return commits
+
+    def _result(self, state: "_State", number: int, item: _Item) -> Finished:
+        history = None
+        if self.trace:
+            width = max(map(len, item.history))
+            rows = [np.pad(text, (0, width - len(text)), constant_values=-1) for text in item.history]
+            history = torch.from_numpy(np.stack(rows))
+        length = state.length[number]
+        return Finished(
+            item.row.key,
+            state.text(number).tolist(),
+            int(state.nfe[number]),
+            answer=state.answer[number, :length].tolist(),
+            history=history,
+        )
+
+    def _keep(self, stays_R: np.ndarray) -> None:
+        self._items = [item for item, stays in zip(self._items, stays_R, strict=True) if stays]
+        self._state = self._state.kept(stays_R)
+
+
+@dataclass
+class _Tokens:
+    """[N] each: new tokens, in order of rows and positions."""
+
+    row: np.ndarray
+    column: np.ndarray
+    """Of the token that is replaced, or behind which another comes."""
+    inserted: np.ndarray
+    token: np.ndarray
+    confidence: np.ndarray
+
+
+@dataclass
+class _State:
+    """The rows' sequences and clocks, on the host."""
+
+    pad: int
+    canvas: np.ndarray
+    """[R, T] tokens, as the other grids."""
+    open: np.ndarray
+    """Tokens that may give way."""
+    gate: np.ndarray
+    """Tokens that stay, but behind which the answer may begin."""
+    answer: np.ndarray
+    """Tokens of the answer."""
+    length: np.ndarray
+    """[R], as all that follows."""
+    longest: np.ndarray
+    seed: np.ndarray
+    step: np.ndarray
+    """Steps done."""
+    time: np.ndarray
+    """Where the clock stands, from 0 to 1."""
+    nfe: np.ndarray
+    steps: np.ndarray
+    """Steps of equal length that there would be."""
+    probability: np.ndarray
+    """Of an edit, up to which a step may be longer; 0: steps are equal."""
+    kappa: np.ndarray
+    """Number of the schedule."""
+
+    @classmethod
+    def of(cls, rows: list[Row], pad: int) -> "_State":
+        """The state of rows that come."""
+        width = max((len(row.tokens) for row in rows), default=1)
+        grids = {name: np.zeros((len(rows), width), np.bool_) for name in ("open", "gate", "answer")}
+        canvas = np.full((len(rows), width), pad, np.int64)
+        for number, row in enumerate(rows):
+            length, is_open = len(row.tokens), np.array(row.open)
+            canvas[number, :length] = row.tokens
+            place = np.arange(length)
+            gate = np.isin(place, row.gates)
+            answer = is_open & (place > min(row.gates, default=0))
+            for name, values in (("open", is_open), ("gate", gate), ("answer", answer)):
+                grids[name][number, :length] = values
+        configs = [row.config for row in rows]
+        return cls(
+            pad=pad,
+            canvas=canvas,
+            **grids,
+            length=np.array([len(row.tokens) for row in rows], np.int64),
+            longest=np.array([row.longest or len(row.tokens) for row in rows], np.int64),
+            seed=np.array([row.seed for row in rows], np.int64),
+            step=np.zeros(len(rows), np.int64),
+            time=np.zeros(len(rows), np.float64),
+            nfe=np.zeros(len(rows), np.int64),
+            steps=np.array([config.steps for config in configs], np.int64),
+            probability=np.array([config.edit_probability or 0.0 for config in configs]),
+            kappa=np.array([KAPPAS.index(config.kappa) for config in configs], np.int64),
+        )
+
+    def valid(self) -> np.ndarray:
+        """[R, T] bool, which positions are tokens."""
+        return np.arange(self.canvas.shape[1]) < self.length[:, None]
+
+    def text(self, number: int) -> np.ndarray:
+        """A row's tokens."""
+        return self.canvas[number, : self.length[number]].copy()
+
+    def may(self) -> np.ndarray:
+        """[R, T, 3] bool: where there may be substitutions, deletions, insertions."""
+        valid, room = self.valid(), (self.length < self.longest)[:, None]
+        return np.stack(
+            [self.open & valid, self.open & ~self.gate & valid, (self.open | self.gate) & valid & room], axis=2
+        )
+
+    def draws(self, row_N: np.ndarray, column_N: np.ndarray, stream: int) -> np.ndarray:
+        """[N] uniform random numbers of the step that the rows' clocks have just passed."""
+        seed, step = (torch.from_numpy(array[row_N]) for array in (self.seed, self.step - 1))
+        return uniform(seed, step, torch.from_numpy(column_N), stream).numpy()
+
+    def schedule(self, rows: np.ndarray, fastest_P: np.ndarray, count: int) -> tuple[np.ndarray, ...]:
+        """The next steps of some rows, as long as their rates stay what they are.
+
+        Returns:
+            [P, count] each: number of the step; w(t) * tau, 0 after the end; time after it.
+        """
+        time, even = self.time[rows], 1 / self.steps[rows]
+        numbers = self.step[rows, None] + np.arange(count)
+        shares, times = np.zeros((2, len(rows), count))
+        for number in range(count):
+            rate = self._rate(rows, time)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                tau = np.maximum(even, self.probability[rows] / (rate * fastest_P))
+            tau = np.minimum(np.where(fastest_P > 0, tau, 1.0), 1 - time)
+            after = np.where(
+                self.probability[rows] > 0, time + tau, np.minimum(numbers[:, number] + 1, self.steps[rows]) * even
+            )
+            shares[:, number] = rate * (after - time)
+            time = times[:, number] = np.where(after >= _END, 1.0, after)
+        return numbers, shares, times
+
+    def _rate(self, rows: np.ndarray, time: np.ndarray) -> np.ndarray:
+        """[P] w(t)."""
+        found = np.zeros(len(rows))
+        for number, name in enumerate(KAPPAS):
+            members = self.kappa[rows] == number
+            if members.any():
+                found[members] = edit_rate(kappa_schedule(name), torch.from_numpy(time[members])).numpy()
+        return found
+
+    def apply(self, happened_RT3: np.ndarray, tokens: _Tokens) -> np.ndarray:
+        """Makes the edits; returns [N] where the new tokens stand then."""
+        substituted = ~tokens.inserted
+        self.canvas[tokens.row[substituted], tokens.column[substituted]] = tokens.token[substituted]
+        keep, insert = self.valid() & ~happened_RT3[:, :, 1], happened_RT3[:, :, 2]
+        count = keep.astype(np.int64) + insert
+        start = count.cumsum(axis=1) - count
+        place_N = start[tokens.row, tokens.column] + (tokens.inserted & keep[tokens.row, tokens.column])
+        self.length = count.sum(axis=1)
+        shape = (len(keep), int(self.length.max(initial=1)))
+        row, column = keep.nonzero()
+        new_row, new_place = tokens.row[tokens.inserted], place_N[tokens.inserted]
+        behind = (new_row, tokens.column[tokens.inserted])
+        of_new = {
+            "canvas": tokens.token[tokens.inserted],
+            "open": True,
+            "gate": False,
+            "answer": self.answer[behind] | self.gate[behind],
+        }
+        for name, values in of_new.items():
+            old = getattr(self, name)
+            grid = np.full(shape, self.pad if name == "canvas" else False, old.dtype)
+            grid[row, start[row, column]] = old[row, column]
+            grid[new_row, new_place] = values
+            setattr(self, name, grid)
+        return place_N
+
+    def joined(self, other: "_State") -> "_State":
+        """The state of these rows and further ones."""
+        width = max(self.canvas.shape[1], other.canvas.shape[1])
+
+        def both(name: str) -> np.ndarray:
+            parts = [getattr(self, name), getattr(other, name)]
+            if name in _GRIDS:
+                fill = self.pad if name == "canvas" else False
+                parts = [np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=fill) for part in parts]
+            return np.concatenate(parts)
+
+        return _State(self.pad, **{name: both(name) for name in _ARRAYS})
+
+    def kept(self, stays_R: np.ndarray) -> "_State":
+        """The state of some of the rows."""
+        width = int(self.length[stays_R].max(initial=1))
+        grids = {name: getattr(self, name)[stays_R, :width] for name in _GRIDS}
+        return _State(self.pad, **{name: grids.get(name, getattr(self, name)[stays_R]) for name in _ARRAYS})
+
+
+_GRIDS = ("canvas", "open", "gate", "answer")
+_ARRAYS = tuple(item.name for item in dataclasses.fields(_State) if item.name != "pad")
