@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dllm_ray import chat
 from dllm_ray.config import to_dict
@@ -26,6 +26,9 @@ from dllm_ray.models.config import ModelConfig
 from dllm_ray.models.spec import DiffusionSpec
 from dllm_ray.sampling.config import SamplerConfig
 from dllm_ray.sampling.output import SampleOutput
+
+if TYPE_CHECKING:
+    from dllm_ray.sampling.sampler import Sampler
 
 ANSWER_COLUMNS = ("completion", "completion_tokens", "nfe", "tpf", "seed")
 """What `answer_columns` tells."""
@@ -44,6 +47,8 @@ class Answer:
     """Forwards that the prompt took part in."""
     ended: bool
     """Whether an end-of-text token ended it; else it ran to its limit."""
+    whole: list[int] | None = None
+    """The whole text, where filled gaps have lengths of their own (models that edit)."""
 
 
 class AnswerStore:
@@ -104,7 +109,7 @@ class AnswerStore:
     def __getitem__(self, row: int) -> Answer:
         self._reader.seek(self._places[row])
         entry = json.loads(self._reader.readline())
-        return Answer(entry["tokens"], entry["nfe"], entry["ended"])
+        return Answer(entry["tokens"], entry["nfe"], entry["ended"], entry.get("whole"))
 
     def add(self, answers: Mapping[int, Answer], **facts: Any) -> None:
         """Keeps answers, and facts about the run that hold with them.
@@ -202,20 +207,31 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def answer_key(
-    model: ModelConfig, config: SamplerConfig, slice_rows: int, prompts: Sequence[Sequence[int]], infill: bool = False
+    model: ModelConfig,
+    config: SamplerConfig,
+    slice_rows: int,
+    prompts: Sequence[Sequence[int]],
+    infill: bool = False,
+    drafts: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Any]:
-    """All that answers depend on, for an `AnswerStore`: model and its files, settings, slices, prompts."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        ids = array("q", prompt).tobytes()
-        digest.update(len(ids).to_bytes(8, "little") + ids)
+    """All that answers depend on, for an `AnswerStore`: model and its files, settings, slices, prompts, drafts."""
     return {
         **model_key(model),
         **{f"sampler.{name}": value for name, value in to_dict(config).items()},
         "batch_size": slice_rows,
         "infill": infill,
-        "prompts": f"{len(prompts)} of digest {digest.hexdigest()[:16]}",
+        "prompts": _told(prompts),
+        "drafts": None if drafts is None else _told(drafts),
     }
+
+
+def _told(rows: Sequence[Sequence[int]]) -> str:
+    """Token ids in short."""
+    digest = hashlib.sha256()
+    for row in rows:
+        ids = array("q", row).tobytes()
+        digest.update(len(ids).to_bytes(8, "little") + ids)
+    return f"{len(rows)} of digest {digest.hexdigest()[:16]}"
 
 
 def model_key(model: ModelConfig) -> dict[str, Any]:
@@ -235,13 +251,44 @@ def base_seed(store: AnswerStore, config: SamplerConfig) -> int:
     return store.facts["seed"]
 
 
+def write(
+    sampler: "Sampler",
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    infill: bool = False,
+    drafts: Sequence[Sequence[int]] | None = None,
+    trace: bool = False,
+) -> SampleOutput:
+    """What a sampler makes of prompts: answers, drafts of answers revised, or with `infill` their gaps filled in."""
+    if drafts is not None:
+        return sampler.edit(prompts, drafts, trace=trace, seeds=seeds)
+    return (sampler.infill if infill else sampler.sample)(prompts, trace=trace, seeds=seeds)
+
+
+def canvases(
+    sampler: "Sampler",
+    prompts: Sequence[Sequence[int]],
+    infill: bool = False,
+    drafts: Sequence[Sequence[int]] | None = None,
+) -> list[list[int]]:
+    """What `write` begins with."""
+    if drafts is not None:
+        return [[*prompt, *draft] for prompt, draft in zip(prompts, drafts, strict=True)]
+    return sampler.canvases(prompts, infill)
+
+
 def ended_by_stop(prompts: Sequence[Sequence[int]], output: SampleOutput, stop_token_ids: Iterable[int]) -> list[bool]:
-    """Whether an end-of-text token ended each answer of a call; else it ran to its limit."""
+    """Whether an end-of-text token ended each answer of a call; else it ran to its limit, or to where its model had
+    nothing more to write."""
     stops = set(stop_token_ids)
-    return [
-        len(prompt) + len(completion) < len(sequence) and sequence[len(prompt) + len(completion)] in stops
-        for prompt, completion, sequence in zip(prompts, output.completions, output.sequences, strict=True)
-    ]
+
+    def ended(prompt: Sequence[int], completion: list[int], sequence: list[int]) -> bool:
+        if sequence[: len(prompt)] != list(prompt):  # it was edited too, and may have another length now
+            return sequence[len(sequence) - len(completion) :] != completion and not stops.isdisjoint(sequence)
+        end = len(prompt) + len(completion)
+        return end < len(sequence) and sequence[end] in stops
+
+    return [*map(ended, prompts, output.completions, output.sequences)]
 
 
 def require_free_columns(where: Callable[[], str], row: Mapping[str, Any]) -> None:
@@ -275,6 +322,8 @@ def answer_columns(
     """
     if gaps is None:
         text = chat.decode(tokenizer, answer.tokens, spec.eot_text)
+    elif answer.whole is not None:
+        text = chat.decode(tokenizer, answer.whole)
     else:
         written = iter(answer.tokens)
         text = chat.decode(tokenizer, [next(written) if token == spec.mask_token_id else token for token in gaps])

@@ -224,9 +224,10 @@ class LocalPartner:
 
     def check(self, config: SamplerConfig) -> None:
         """As `Partner.check`."""
+        from dllm_ray.sampling.plan import check
         from dllm_ray.sampling.sampler import Sampler
 
-        config.blocks()
+        check(config, self.lm.spec)
         Sampler(self.lm, config).canvases([[self.lm.spec.eos_token_id]])
 
     def check_system(self, system: str | None) -> None:
@@ -287,9 +288,11 @@ class LocalPartner:
         if config.max_new_tokens is None and len(prompt) >= config.max_length:
             room = f"max_length ({config.max_length})"
             raise DataError(_no_room(len(prompt), "an answer", room, "max_length", has_turns))
-        [canvas] = Sampler(self.lm, config).canvases([prompt])
-        if limit is not None and len(canvas) > limit:
-            new = f"{len(canvas) - len(prompt)} of an answer"
+        sampler = Sampler(self.lm, config)
+        [canvas] = sampler.canvases([prompt])
+        longest = sampler.rows([prompt])[0].longest if sampler.edits else len(canvas)
+        if limit is not None and longest > limit:
+            new = f"{longest - len(prompt)} of an answer"
             name = "max_length" if config.max_new_tokens is None else "max_new_tokens"
             raise DataError(_no_room(len(prompt), new, f"the model's context of {limit}", name, has_turns))
         return canvas

@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,17 +26,20 @@ from dllm_ray.answers import (
     answer_columns,
     answer_key,
     base_seed,
+    canvases,
     ended_by_stop,
     require_free_columns,
+    write,
 )
 from dllm_ray.cluster import Shares
 from dllm_ray.errors import ConfigError, DllmRayError, ResourceError
 from dllm_ray.models.config import ModelConfig
 from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.models.load import open_model, open_tokenizer
-from dllm_ray.prompts import encode_rows, encode_texts, require_room
+from dllm_ray.prompts import encode_drafts, encode_rows, encode_texts, require_room
 from dllm_ray.sampling.config import SamplerConfig
 from dllm_ray.sampling.output import SampleOutput
+from dllm_ray.sampling.plan import check
 from dllm_ray.sampling.sampler import Sampler, row_seeds
 
 _MAX_LOSSES = 3  # lost workers in a row, without a finished piece of work between them, before the pool gives up
@@ -60,13 +63,14 @@ class Slice:
     rows: list[int]
     """Their places among all prompts."""
     output: SampleOutput
-    """What was written, in the order of `rows`."""
+    """What was written, in the order of `rows`; `sequences` only where completions don't tell them."""
     ended: list[bool]
     """Whether an end-of-text token ended each answer; else it ran to its limit."""
 
     def answers(self) -> dict[int, Answer]:
         """Row -> answer."""
-        answers = map(Answer, self.output.completions, self.output.row_nfe, self.ended)
+        wholes = self.output.sequences or [None] * len(self.rows)
+        answers = map(Answer, self.output.completions, self.output.row_nfe, self.ended, wholes)
         return dict(zip(self.rows, answers, strict=True))
 
 
@@ -191,6 +195,7 @@ class ModelPool:
         slice_rows: int,
         done: Container[int] = (),
         infill: bool = False,
+        drafts: Sequence[Sequence[int]] | None = None,
     ) -> Iterator[Slice]:
         """Answers prompts slice by slice, and yields each slice when it is finished, in whatever order that is.
 
@@ -201,6 +206,7 @@ class ModelPool:
             done: rows answered before. A slice is left out when it holds no others, else it is done as a whole: so
                 slices, and with them answers, stay what they would have been.
             infill: fill the mask tokens inside the prompts instead of continuing them.
+            drafts: answers to revise, one for each prompt; None: answers are written from nothing.
 
         Raises:
             DllmRayError: what a worker met, e.g. a prompt that doesn't fit the context.
@@ -209,10 +215,15 @@ class ModelPool:
         if slice_rows < 1:
             raise ConfigError(f"must be at least 1, got {slice_rows}", "slice_rows")
         seeds = row_seeds(config.seed, range(len(prompts)))
-        longest_first = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+        length = [len(prompt) for prompt in prompts]
+        if drafts is not None:
+            length = [before + len(draft) for before, draft in zip(length, drafts, strict=True)]
+        longest_first = sorted(range(len(prompts)), key=lambda row: -length[row])
         cut = [longest_first[start : start + slice_rows] for start in range(0, len(prompts), slice_rows)]
         todo = [rows for rows in cut if not all(row in done for row in rows)]
-        work = [([list(prompts[row]) for row in rows], config, [seeds[row] for row in rows], infill) for rows in todo]
+        work = [
+            (_taken(prompts, rows), config, [seeds[row] for row in rows], infill, _taken(drafts, rows)) for rows in todo
+        ]
         for index, (output, ended), _ in self.run(_sample, work):
             yield Slice(todo[index], output, ended)
 
@@ -224,18 +235,19 @@ class ModelPool:
         slice_rows: int,
         on_progress: Callable[[int], None] | None = None,
         infill: bool = False,
+        drafts: Sequence[Sequence[int]] | None = None,
     ) -> None:
         """Answers the prompts that a store has no answers to, and keeps each slice there as soon as it is finished.
 
         The store's facts then say `seed`, which rows' seeds are derived from, and the `seconds` that all of it took.
 
         Args:
-            store: opened with the `answer_key` of the same model, prompts and settings.
+            store: opened with the `answer_key` of the same model, prompts, drafts and settings.
             prompts: token ids.
             config: how to denoise. A null seed is drawn once and kept in the store.
             slice_rows: prompts in a slice; a worker denoises a slice as one batch.
             on_progress: called with the number of prompts answered so far, earlier runs included.
-            infill: as in `slices`.
+            infill, drafts: as in `slices`.
 
         Raises:
             DllmRayError: as `slices`.
@@ -244,13 +256,18 @@ class ModelPool:
         config = replace(config, seed=base_seed(store, config))
         self.wait()
         before, began = store.facts.get("seconds", 0.0), time.perf_counter()
-        for part in self.slices(prompts, config, slice_rows, done=store, infill=infill):
+        for part in self.slices(prompts, config, slice_rows, done=store, infill=infill, drafts=drafts):
             store.add(part.answers(), seconds=before + time.perf_counter() - began)
             if on_progress is not None:
                 on_progress(len(store))
 
     def trace(
-        self, prompts: Sequence[Sequence[int]], config: SamplerConfig, seeds: Sequence[int], infill: bool = False
+        self,
+        prompts: Sequence[Sequence[int]],
+        config: SamplerConfig,
+        seeds: Sequence[int],
+        infill: bool = False,
+        drafts: Sequence[Sequence[int]] | None = None,
     ) -> tuple[list[list[int]], SampleOutput]:
         """The canvases that a few prompts begin with, and what one worker makes of them, with what each step wrote
         (`SampleOutput.commits`).
@@ -258,7 +275,8 @@ class ModelPool:
         Raises:
             DllmRayError: what the worker met.
         """
-        work = [([list(prompt) for prompt in prompts], config, list(seeds), infill)]
+        every = range(len(prompts))
+        work = [(_taken(prompts, every), config, list(seeds), infill, _taken(drafts, every))]
         ((_, traced, _),) = self.run(_trace, work)
         return traced
 
@@ -335,25 +353,38 @@ class _Worker:
         return result, time.perf_counter() - began
 
 
+def _taken(ids: Sequence[Sequence[int]] | None, rows: Iterable[int]) -> list[list[int]] | None:
+    """Token ids of some rows, as plain lists."""
+    return None if ids is None else [list(ids[row]) for row in rows]
+
+
 def _sample(
     lm: DiffusionLM,
     prompts: list[list[int]],
     config: SamplerConfig,
     seeds: list[int],
     infill: bool,
+    drafts: list[list[int]] | None = None,
 ) -> tuple[SampleOutput, list[bool]]:
     sampler = Sampler(lm, config)
-    output = (sampler.infill if infill else sampler.sample)(prompts, seeds=seeds)
+    output = write(sampler, prompts, seeds, infill, drafts)
     ended = ended_by_stop(prompts, output, lm.spec.stop_token_ids)
-    return replace(output, sequences=[]), ended  # which nobody has a use for
+    if not (infill and sampler.edits):
+        output = replace(output, sequences=[])  # which nobody has a use for
+    return output, ended
 
 
 def _trace(
-    lm: DiffusionLM, prompts: list[list[int]], config: SamplerConfig, seeds: list[int], infill: bool
+    lm: DiffusionLM,
+    prompts: list[list[int]],
+    config: SamplerConfig,
+    seeds: list[int],
+    infill: bool,
+    drafts: list[list[int]] | None = None,
 ) -> tuple[list[list[int]], SampleOutput]:
     sampler = Sampler(lm, config)
-    output = (sampler.infill if infill else sampler.sample)(prompts, trace=True, seeds=seeds)
-    return sampler.canvases(prompts, infill), replace(output, history=None)
+    output = write(sampler, prompts, seeds, infill, drafts, trace=True)
+    return canvases(sampler, prompts, infill, drafts), replace(output, history=None)
 
 
 def sample_dataset(
@@ -365,6 +396,7 @@ def sample_dataset(
     resume: str | Path | None = None,
     on_progress: Callable[[int], None] | None = None,
     infill: bool = False,
+    edit: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Answers the rows of a Ray dataset, in its order.
 
@@ -378,31 +410,36 @@ def sample_dataset(
             the last row that is taken.
         on_progress: called with the number of prompts answered so far.
         infill: fill the gaps in the texts of a column `infill` or `text` (`encode_texts`).
+        edit: revise the drafts of answers in a column `draft` (`encode_drafts`).
 
     Returns:
         Every row with `completion`, `completion_tokens`, `nfe`, `tpf` and `seed` beside its own columns. All are
         answered before the first is returned.
 
     Raises:
+        ConfigError: the settings can't work on the model.
         DataError: a row that can't be used, has a column called like one of the answer's, or doesn't fit the model;
             before any is answered.
         DllmRayError: as `ModelPool.fill`.
     """
     tokenizer, spec, blueprint = open_tokenizer(pool.model.path)
-    rows = _rows_in_order(dataset)
+    check(config, spec, infill)
+    rows, drafts = _rows_in_order(dataset), None
     named = [(partial("row {}".format, number), row) for number, row in enumerate(rows)]
     for where, row in named:
         require_free_columns(where, row)
     if infill:
         _, prompts = encode_texts(named, tokenizer, spec.mask_token_id, columns or {})
+    elif edit:
+        _, prompts, drafts = encode_drafts(named, tokenizer, spec, columns or {})
     else:
         _, prompts = encode_rows(named, tokenizer, columns or {})
-    require_room(prompts, config, blueprint.max_length, infill)
+    require_room(prompts, config, blueprint.max_length, infill, drafts)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dllm_ray_")) if resume is None else ""
-        key = answer_key(pool.model, config, slice_rows, prompts, infill)
+        key = answer_key(pool.model, config, slice_rows, prompts, infill, drafts)
         store = stack.enter_context(AnswerStore(Path(resume or f"{folder}/answers.jsonl"), key))
-        pool.fill(store, prompts, config, slice_rows, on_progress, infill)
+        pool.fill(store, prompts, config, slice_rows, on_progress, infill, drafts)
         opened = stack.pop_all()
 
     def answered() -> Iterator[dict[str, Any]]:

@@ -56,9 +56,6 @@ class ChatJob:
             raise ConfigError("give model.path or url, not both", "model.path")
         if self.system is not None and not is_unicode(self.system):
             raise ConfigError("it is not valid Unicode", "system")
-        if self.url is None:  # a server knows better what fits its model
-            with section("sampler"):
-                self.sampler.blocks()
 
 
 def main(job: ChatJob) -> None:
@@ -99,8 +96,11 @@ def _loaded(job: ChatJob) -> LocalPartner:
     import torch
 
     from dllm_ray.models.load import open_model, open_tokenizer
+    from dllm_ray.sampling.plan import check
 
-    tokenizer, _, _ = open_tokenizer(job.model.path)
+    tokenizer, spec, _ = open_tokenizer(job.model.path)
+    with section("sampler"):
+        check(job.sampler, spec)
     check_template(tokenizer, job.system)
     lm = open_model(job.model, device="cuda" if torch.cuda.is_available() else "cpu")
     return LocalPartner(lm, job.model.path)

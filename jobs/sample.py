@@ -2,12 +2,13 @@
 
     python jobs/sample.py --model.path outputs/digits/final --prompt "reverse 4096" --show
     python jobs/sample.py --model.path MODEL_DIR --prompt "The [MASK:4] sat" --infill --html replay.html
+    python jobs/sample.py --model.path EDIT_MODEL_DIR --prompt "double 123" --edit --draft 1129 --show
     python jobs/sample.py --model.path MODEL_DIR --prompts questions.jsonl --output_dir outputs/answers
 
-A source of prompts has a column `prompt`, `question`, `instruction` or `messages` (with --infill: `infill` or `text`).
-It is answered by Ray workers, in order, into OUTPUT_DIR/samples.jsonl, with a summary.json beside it; rows keep their
-other columns. When such a run is killed, the same command goes on where it was. A single --prompt is answered in this
-process, without Ray.
+A source of prompts has a column `prompt`, `question`, `instruction` or `messages` (with --infill: `infill` or `text`;
+with --edit also `draft`). It is answered by Ray workers, in order, into OUTPUT_DIR/samples.jsonl, with a summary.json
+beside it; rows keep their other columns. When such a run is killed, the same command goes on where it was. A single
+--prompt is answered in this process, without Ray.
 """
 
 import json
@@ -53,6 +54,10 @@ class SampleJob:
     """Questions of the source, from the first; null: all."""
     infill: bool = False
     """Prompts are texts whose gaps are filled in: `[MASK]` is a gap of one token, `[MASK:8]` of eight."""
+    edit: bool = False
+    """Revise a draft of the answer in place, with a model that edits: `draft`, or a column `draft` of `prompts`."""
+    draft: str | None = None
+    """The draft that `edit` begins with, for a single prompt."""
     fresh: bool = False
     """Throw away the answers to a source of prompts that the output folder holds."""
     show: bool = False
@@ -83,15 +88,23 @@ class SampleJob:
             for name, default in (("columns", {}), ("limit", None), ("workers", None)):
                 if getattr(self, name) != default:
                     raise ConfigError("is for a source of --prompts, not for a single --prompt", name)
+        self._check_edit()
         if self.html is not None and not _may_be_a_file(Path(self.html)):
             raise ConfigError(f"{self.html} is no file in a folder that is there", "html")
-        if not self.infill:
-            with section("sampler"):
-                self.sampler.blocks()
         for name in ("limit", "workers", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"must be at least 1, got {value}", name)
+
+    def _check_edit(self) -> None:
+        if self.edit and self.infill:
+            raise ConfigError("a draft is revised or gaps are filled in, not both", "edit")
+        if self.draft is not None and not self.edit:
+            raise ConfigError("is there to be revised: say --edit", "draft")
+        if self.draft is not None and self.prompts is not None:
+            raise ConfigError("is for a single --prompt; a source of prompts has a column draft", "draft")
+        if self.edit and self.prompt is not None and self.draft is None:
+            raise ConfigError("give the draft that is to be revised with --draft", "draft")
 
 
 def _may_be_a_file(path: Path) -> bool:
@@ -113,6 +126,8 @@ class Work:
     given: list[dict[str, Any]]
     """The columns of each answer's row that are not the answer's: the row's own, and what was asked."""
     prompts: list[Sequence[int]]
+    drafts: list[Sequence[int]] | None
+    """Of the answers, with --edit."""
 
 
 def main(job: SampleJob) -> None:
@@ -127,7 +142,7 @@ def main(job: SampleJob) -> None:
     work = _encoded(job, output_dir, read_provenance(job.model.path), rows)
     key = None
     if job.prompt is None:
-        key = answer_key(job.model, job.sampler, job.batch_size, work.prompts, job.infill)
+        key = answer_key(job.model, job.sampler, job.batch_size, work.prompts, job.infill, work.drafts)
     finished = None if job.fresh else _finished(output_dir, key)
     if finished is not None:
         (output_dir / PARTIAL).unlink(missing_ok=True)
@@ -145,7 +160,8 @@ def _rows(job: SampleJob) -> Iterable[tuple[Callable[[], str], dict]]:
     from dllm_ray.data import sources
 
     if job.prompt is not None:
-        return [(lambda: "--prompt", {"text" if job.infill else "prompt": job.prompt})]
+        row = {"text" if job.infill else "prompt": job.prompt}
+        return [(lambda: "--prompt", row if job.draft is None else {**row, "draft": job.draft})]
     shards = sources.resolve(job.prompts)
     # finding a row's line takes a look through its file, so it is done only when a message needs it
     rows = ((partial(shard.where, number), row) for shard in shards for number, row in shard.read())
@@ -154,21 +170,28 @@ def _rows(job: SampleJob) -> Iterable[tuple[Callable[[], str], dict]]:
 
 def _encoded(job: SampleJob, output_dir: Path, provenance: dict, rows) -> Work:
     from dllm_ray.models.load import open_tokenizer
-    from dllm_ray.prompts import encode_rows, encode_texts, require_room
+    from dllm_ray.prompts import encode_drafts, encode_rows, encode_texts, require_room
+    from dllm_ray.sampling.plan import check
 
     tokenizer, spec, blueprint = open_tokenizer(job.model.path)
+    with section("sampler"):
+        check(job.sampler, spec, job.infill)
     others: list[dict[str, Any]] = []
+    drafts = None
     if job.prompt is None:
         rows = _keeping(rows, others)
     if job.infill:
         asked, (texts, prompts) = "text", encode_texts(rows, tokenizer, spec.mask_token_id, job.columns)
+    elif job.edit:
+        asked, (texts, prompts, drafts) = "messages", encode_drafts(rows, tokenizer, spec, job.columns)
     else:
         asked, (texts, prompts) = "messages", encode_rows(rows, tokenizer, job.columns)
-    given = [{**row, asked: text} for row, text in zip(others or [{}] * len(texts), texts, strict=True)]
+    own = others or [{} if job.draft is None else {"draft": job.draft}] * len(texts)
+    given = [{**row, asked: text} for row, text in zip(own, texts, strict=True)]
     if not prompts:
         raise DataError(f"{job.prompts}: holds no rows")
-    require_room(prompts, job.sampler, blueprint.max_length, job.infill)
-    return Work(job, output_dir, provenance, tokenizer, spec, given, prompts)
+    require_room(prompts, job.sampler, blueprint.max_length, job.infill, drafts)
+    return Work(job, output_dir, provenance, tokenizer, spec, given, prompts, drafts)
 
 
 def _keeping(rows: Iterable[tuple[Callable[[], str], dict]], others: list[dict]) -> Iterator:
@@ -221,7 +244,8 @@ def _answer_here(work: Work) -> None:
         ended = ended_by_stop(work.prompts, output, work.spec.stop_token_ids)
         path = work.output_dir / SAMPLES
         (work.output_dir / SUMMARY).unlink(missing_ok=True)  # from here on it would tell of other answers
-        _write(work, path, map(Answer, output.completions, output.row_nfe, ended), seeds)
+        wholes = output.sequences if job.infill and work.spec.edit_heads is not None else [None]
+        _write(work, path, map(Answer, output.completions, output.row_nfe, ended, wholes), seeds)
         figures = output.figures()
         run.log({f"sampler/{name}": value for name, value in figures.items()})
         run.file(path)
@@ -237,16 +261,17 @@ def _answer_here(work: Work) -> None:
 
 def _denoise(work: Work, lm, seeds: list[int]):
     """The canvas it begins with and the sampler's output; its steps are shown where that is asked for."""
+    from dllm_ray.answers import canvases, write
     from dllm_ray.sampling.sampler import Sampler
     from dllm_ray.viz.live import denoise
 
     job = work.job
     sampler = Sampler(lm, job.sampler)
-    canvases = sampler.canvases(work.prompts, job.infill)
+    begins = canvases(sampler, work.prompts, job.infill, work.drafts)
     if job.show:
-        return canvases, denoise(sampler, work.prompts[0], canvases[0], job.infill, seeds[0])
-    sample = sampler.infill if job.infill else sampler.sample
-    return canvases, sample(work.prompts, trace=job.html is not None, seeds=seeds)
+        draft = None if work.drafts is None else work.drafts[0]
+        return begins, denoise(sampler, work.prompts[0], begins[0], job.infill, seeds[0], draft=draft)
+    return begins, write(sampler, work.prompts, seeds, job.infill, work.drafts, trace=job.html is not None)
 
 
 def _answer_by_workers(work: Work, key: dict) -> None:
@@ -312,7 +337,7 @@ def _fill(work: Work, store, seeds: list[int]) -> None:
         pool.wait()
         (work.output_dir / SUMMARY).unlink(missing_ok=True)  # from here on it would tell of other answers
         progress = Progress("sample", total, "prompt", done=len(store))
-        pool.fill(store, work.prompts, job.sampler, job.batch_size, progress.update, job.infill)
+        pool.fill(store, work.prompts, job.sampler, job.batch_size, progress.update, job.infill, work.drafts)
         progress.close()
         if job.html is not None:
             _replay_first(work, pool, seeds)
@@ -339,7 +364,8 @@ def _pool(job: SampleJob, workers: int | None) -> Iterator[Any]:
 
 def _replay_first(work: Work, pool, seeds: list[int]) -> None:
     few = work.prompts[:_REPLAYED]
-    _replay(work, *pool.trace(few, work.job.sampler, seeds[: len(few)], work.job.infill))
+    drafts = None if work.drafts is None else work.drafts[:_REPLAYED]
+    _replay(work, *pool.trace(few, work.job.sampler, seeds[: len(few)], work.job.infill, drafts))
 
 
 def _replay(work: Work, canvases: list[list[int]], output) -> Path:

@@ -96,11 +96,11 @@ def main(job: SweepJob) -> None:
     if job.sweep.background is not None:
         published.curves(job.sweep.background)
     check_tasks(ask.evaluate)
-    tasks = look_up(ask.evaluate)
-    score = scores.choose(tasks, job.sweep.metric)
-    planned = plan(job.sweep, tasks, ask.sampler, ask.evaluate.limit, job.seed)
     asker = Asker(job.model, job.seed)
     asker.check(ask)
+    tasks = look_up(ask.evaluate)
+    score = scores.choose(tasks, job.sweep.metric)
+    planned = plan(job.sweep, tasks, ask.sampler, ask.evaluate.limit, job.seed, asker.check_sampler)
     for candidate in planned.candidates or ():
         asker.check(replace(ask, name=candidate.name, sampler=candidate.sampler))
     if job.dry_run:

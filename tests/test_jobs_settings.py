@@ -141,7 +141,6 @@ def test_every_settings_file_fits_its_job(path):
         (EVALUATE, ["--model.path", "m", "--evaluate.variants", "[{steps: 0}]"], "evaluate.variants: "),
         (CHAT, [], "model.path: name the model"),
         (CHAT, ["--model.path", "m", "--show", "loud"], "show: expected one of 'step', 'confidence', 'off'"),
-        (CHAT, ["--model.path", "m", "--sampler.steps", "2"], "sampler.steps: 2 steps are fewer than the 4 blocks"),
         (BENCHMARK, ["--rounds", "0"], "rounds: must be at least 1"),
         (SAMPLE_BENCHMARK, ["--batch_sizes", "[0]"], "batch_sizes: expected numbers of at least 1"),
         (SAMPLE_BENCHMARK, ["--algorithms", "[fast]"], "algorithms: expected some of mdlm, "),

@@ -21,7 +21,7 @@ CHECKPOINTS = {
     "modernbert-chat": "modernbert",
 }
 """How a family's recipes begin, and the reference checkpoint of that family."""
-SMALL = ("digits", "gsm8k_tiny")
+SMALL = ("digits", "edits", "gsm8k_tiny", "lengths")
 """Models from scratch."""
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem not in SMALL)
 

@@ -5,15 +5,18 @@ from typing import Any
 
 from dllm_ray.answers import model_key
 from dllm_ray.chat import encode_text
+from dllm_ray.config import section
 from dllm_ray.errors import ConfigError
 from dllm_ray.evaluation.answering import Figures, Pool, PooledAnswers
 from dllm_ray.evaluation.cache import AnswerCache
 from dllm_ray.evaluation.lm import DiffusionHarness
 from dllm_ray.evaluation.plan import Planned
-from dllm_ray.evaluation.run import evaluate, requests
+from dllm_ray.evaluation.run import check_written, evaluate, requests
 from dllm_ray.evaluation.suite import Ask
 from dllm_ray.models.config import ModelConfig
 from dllm_ray.models.load import open_tokenizer
+from dllm_ray.sampling.config import SamplerConfig
+from dllm_ray.sampling.plan import check
 from dllm_ray.viz.terminal import Progress
 
 
@@ -35,18 +38,31 @@ class Asker:
         self._model, self._seed = model, seed
 
     def check(self, ask: Ask) -> None:
-        """Makes sure that prompts have room beside answers.
+        """Makes sure that the settings can work on the model, and that it can answer what tasks ask.
 
         Raises:
-            ConfigError: they have none.
+            ConfigError: the settings can't, or prompts have no room beside answers.
+            EvaluationError: a task asks for likelihoods, which a model that edits doesn't have; or as
+                `run.check_tasks`.
         """
+        where = f"{ask.name}: " if ask.name else ""
+        try:
+            with section("sampler"):
+                self.check_sampler(ask.sampler)
+        except ConfigError as error:
+            raise ConfigError(f"{where}{error.message}", error.field) from None
         new = ask.sampler.max_new_tokens or 1
         if self.context is not None and new >= self.context:
-            where = f"{ask.name}: " if ask.name else ""
             raise ConfigError(
                 f"{where}{new} leaves no room for a prompt in the model's context of {self.context}",
                 "sampler.max_new_tokens",
             )
+        if self.spec.edit_heads is not None:
+            check_written(ask.evaluate)
+
+    def check_sampler(self, config: SamplerConfig) -> None:
+        """Makes sure that settings can work on the model; raises ConfigError."""
+        check(config, self.spec)
 
     def plan(self, ask: Ask) -> list[Planned]:
         """What the ask's tasks would ask of the model.

@@ -21,6 +21,7 @@ from dllm_ray.errors import ConfigError
 from dllm_ray.evaluation import registration
 from dllm_ray.evaluation.answering import Answerer
 from dllm_ray.evaluation.likelihood import Likelihood, Pair
+from dllm_ray.evaluation.texts import require_likelihoods
 from dllm_ray.models.spec import DiffusionSpec
 
 _Pieces = list[tuple[str, bool]]  # a rendered conversation, see `chat.render`
@@ -97,6 +98,9 @@ class DiffusionHarness(LM):
         Context and continuation are told apart as lm-eval does it: spaces at the context's end go to the continuation,
         and both are tokenized as one text. After an empty context comes BOS, or else EOS. Of what is longer than the
         model's context only the end counts; a continuation of no tokens is certain.
+
+        Raises:
+            ModelError: the model edits.
         """
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         rows, pairs = [], []
@@ -118,6 +122,9 @@ class DiffusionHarness(LM):
 
         A text that is longer than the context is cut into windows, in which each token is scored once; the last one
         sees as much before its tokens as the context allows.
+
+        Raises:
+            ModelError: the model edits.
         """
         rows, pairs = [], []
         for row, request in enumerate(requests):
@@ -157,6 +164,7 @@ class DiffusionHarness(LM):
     def _score(
         self, requests: Sequence[Instance], pairs: list[Pair], groups: list[list[int]], sizes: list[float]
     ) -> list[Likelihood]:
+        require_likelihoods(self._spec)  # before any worker is asked
         return self.answerer.score(pairs, self._seeds(requests, pairs, self._seed), groups, sizes) if pairs else []
 
     @staticmethod

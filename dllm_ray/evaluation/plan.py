@@ -81,13 +81,17 @@ def _probe(lm: DiffusionLM, length: int, rows: int, config: SamplerConfig | Like
         began = time.perf_counter()
         (found,) = estimate(lm, [pair], few, [0])
         return (time.perf_counter() - began) * config.mc_num / max(found.copies, 1)
-    written, began = 0, None
-    for commit in Sampler(lm, config).stream([[token] * length] * rows):
+    sampler = Sampler(lm, config)
+    written, gone, began = 0, dict.fromkeys(range(rows), 0.0), None
+    for commit in sampler.stream([[token] * length] * rows):
         if began is None:
             began = time.perf_counter()
             continue
         written += len(commit.positions)
+        gone[commit.row] = 1.0 if commit.done else (commit.step + 1) / config.steps
         if time.perf_counter() - began > _PROBE_S:
             break
     taken = time.perf_counter() - (began or 0.0)
+    if sampler.edits:  # how much it will write isn't known, but how far its clock has come
+        return taken * rows / max(sum(gone.values()), 1 / config.steps)
     return taken * rows * (config.max_new_tokens or 1) / max(written, 1)

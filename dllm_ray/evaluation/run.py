@@ -58,6 +58,22 @@ def check_tasks(config: EvaluateConfig, section: str = "evaluate") -> None:
             _check_file(task, file, _columns(tree), section)
 
 
+def check_written(config: EvaluateConfig) -> None:
+    """Makes sure, by their YAML alone, that tasks ask for texts and not for likelihoods.
+
+    Raises:
+        EvaluationError: one asks for likelihoods, or is unknown.
+    """
+    index = _index(config)
+    for name in (name for task in config.tasks for name in index.below(task)):
+        kind = _tree(name, index).get("output_type", "generate_until")
+        if kind != "generate_until":
+            raise EvaluationError(
+                f"task {name} ({kind}) asks for likelihoods, which a model that edits doesn't have: choose tasks that "
+                "generate"
+            )
+
+
 def check_data(config: EvaluateConfig) -> None:
     """Loads the tasks with their data once, before the model is; what was fetched or read from the hub then lies on
     disk.

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from dllm_ray.config import read, section, to_dict
+from dllm_ray.config import read, to_dict
 from dllm_ray.errors import ConfigError
 from dllm_ray.evaluation.config import EvaluateConfig, LikelihoodConfig, Setting
 from dllm_ray.sampling.config import SamplerConfig
@@ -70,7 +70,7 @@ def asks(
         changes: settings that win over those of every line, e.g. `sampler.steps=64, evaluate.limit=100`.
 
     Raises:
-        ConfigError: an unknown line or field, two lines of one name, or settings that can't work.
+        ConfigError: an unknown line or field, two lines of one name, or settings that no model could work with.
     """
     over = _assignments(changes)
     if not evaluate.suite:
@@ -92,8 +92,6 @@ def line_name(line: Setting) -> str:
 
 
 def _variants(evaluate: EvaluateConfig, sampler: SamplerConfig, likelihood: LikelihoodConfig) -> list[Ask]:
-    with section("sampler"):
-        sampler.blocks()
     alone = replace(evaluate, variants=[])
     found = [Ask("", alone, sampler, likelihood)]
     names = [",".join(f"{key}={value}" for key, value in variant.items()) for variant in evaluate.variants]
@@ -101,7 +99,6 @@ def _variants(evaluate: EvaluateConfig, sampler: SamplerConfig, likelihood: Like
     for name, variant in zip(names, evaluate.variants, strict=True):
         try:
             changed = read(SamplerConfig, to_dict(sampler) | variant, "sampler")
-            changed.blocks()
         except ConfigError as error:
             raise ConfigError(f"{variant}: {error}", "evaluate.variants") from None
         found.append(Ask(name, alone, changed, likelihood))
@@ -123,7 +120,6 @@ def _line(line: Setting, evaluate: EvaluateConfig, sampler: SamplerConfig, likel
             **own,
         )
         changed = read(SamplerConfig, to_dict(sampler) | line.sampler, "sampler")
-        changed.blocks()
         scored = read(LikelihoodConfig, to_dict(likelihood) | line.likelihood, "likelihood")
     except ConfigError as error:
         raise ConfigError(f"line {name}: {error}", "evaluate.suite") from None
@@ -139,8 +135,6 @@ def _changed(ask: Ask, over: Mapping[str, Mapping[str, Any]]) -> Ask:
         for name in _SECTIONS:
             part = getattr(ask, name)
             parts[name] = read(type(part), to_dict(part) | over.get(name, {}), name)
-        with section("sampler"):
-            parts["sampler"].blocks()
     except ConfigError as error:
         raise ConfigError(f"{ask.name}: {error}" if ask.name else str(error), "set") from None
     return replace(ask, **parts)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dllm_ray.errors import ConfigError, ModelError
 from dllm_ray.models.lm import DiffusionLM
+from dllm_ray.models.spec import DiffusionSpec
 
 
 class Texts(NamedTuple):
@@ -27,14 +28,28 @@ class Texts(NamedTuple):
     """[P] tokens of prefix and target."""
 
 
+def require_likelihoods(spec: DiffusionSpec) -> None:
+    """Makes sure that a model has likelihoods of texts.
+
+    Raises:
+        ModelError: it edits, so that the ways to a text can't be summed up by masking it.
+    """
+    if spec.edit_heads is not None:
+        raise ModelError(
+            f"this {spec.family} edits texts of any length, so the likelihood of one can't be estimated by masking it: "
+            "choose tasks that generate"
+        )
+
+
 def texts_of(lm: DiffusionLM, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Texts:
     """Lays pairs out.
 
     Raises:
-        ModelError: the model has no mask token.
+        ModelError: the model has no mask token, or edits.
         ConfigError: a pair has no target, is longer than the model's context, or has no prefix where logits are
             shifted.
     """
+    require_likelihoods(lm.spec)
     if lm.spec.mask_token_id is None:
         raise ModelError(
             f"{lm.spec.family} has no mask token (its noise is drawn from the whole vocabulary), so the likelihood of "

@@ -1,4 +1,6 @@
-"""The sampler settings that come with a model, read without torch where the model is a directory that we wrote."""
+"""The sampler settings that come with a model, and whether it edits, read without torch where the model is a directory
+that we wrote.
+"""
 
 import json
 from pathlib import Path
@@ -25,6 +27,22 @@ def sampler_settings(path: str) -> dict[str, Any]:
         return {} if family is None else family.sampler_for(config, path)
     except (OSError, ValueError, AttributeError, TypeError, KeyError, ModelError):
         return {}
+
+
+def edits(path: str) -> bool:
+    """Whether a model directory, an adapter's base, or a hub id has edit heads; False for what can't be read."""
+    try:
+        path = _base(place(path))
+        config = _config(path)
+        stored = config.get("diffusion")
+        if stored is not None:
+            return stored.get("edit_heads") is not None
+        from dllm_ray.models import families
+
+        family = families.find(config, path)
+        return family is not None and family.edit_heads is not None
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, ModelError):
+        return False
 
 
 def _base(path: str) -> str:

@@ -111,7 +111,7 @@ class EditFlow:
 
         Args:
             batch: as `objectives.batch` describes, with the alignments `z0`, `z1` [B, A] that `pairs` makes; where they
-                are missing they are made here.
+                are missing they are made here, of these rows alone.
             generator: source of randomness, on any device; None: torch's own.
             t: [B] times to use instead of drawing them.
             made: [B, A] columns whose edits are made, instead of drawing them.

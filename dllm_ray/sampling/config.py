@@ -13,6 +13,9 @@ LLADA2_POLICIES = ("llada2", "llada21")
 POLICIES = ("low_confidence", "random", *DREAM_POLICIES, *LLADA2_POLICIES)
 SCHEDULES = ("linear", "cosine", "dream")
 CACHES = ("none", "prefix", "dual", "block")
+KAPPAS = ("linear", "cubic", "cosine")
+EDIT_FIELDS = ("kappa", "start_tokens", "edit_prompt", "edit_probability")
+"""Settings that only models that edit read."""
 
 _COUNTS = ("max_new_tokens", "max_length", "steps", "steps_per_block", "block_size", "top_k", "max_post_steps") + (
     "num_to_transfer",
@@ -20,6 +23,7 @@ _COUNTS = ("max_new_tokens", "max_length", "steps", "steps_per_block", "block_si
 )
 _REALS = ("temperature", "top_p", "alg_temperature", "threshold", "factor", "editing_threshold", "cfg_scale") + (
     "eos_penalty",
+    "edit_probability",
 )
 _TOKENS = ("cfg_keep_tokens", "suppress_tokens", "begin_suppress_tokens")
 _MOST_STEPS = 2**16
@@ -95,6 +99,15 @@ class SamplerConfig:
     """Finish a row once it holds an end-of-text token with no mask before it; the text stays the same."""
     shift_logits: bool | None = None
     """Read the logits one position to the left; null: as the model's spec says."""
+    kappa: Literal["linear", "cubic", "cosine"] = "linear"
+    """Models that edit, here and below: share of edits made over time, as in training (`ObjectiveConfig.kappa`)."""
+    start_tokens: int = 0
+    """Mask tokens that an answer begins with; 0: it begins empty."""
+    edit_prompt: bool = False
+    """Whether the prompt's tokens may change too, but for the first."""
+    edit_probability: float | None = None
+    """Make a step longer than 1 / `steps` of the way, as long as no edit of it gets more probable than this; null:
+    equal steps."""
     seed: int | None = None
     """Seeds each row's own draws, independent of its neighbours; null draws a seed. In half precision the model's
     rounding depends on the shape of the batch, and with it now and then a token."""
@@ -106,7 +119,7 @@ class SamplerConfig:
         self._check_combinations()
 
     def _check_choices(self) -> None:
-        for name, known in (("policy", POLICIES), ("schedule", SCHEDULES), ("cache", CACHES)):
+        for name, known in (("policy", POLICIES), ("schedule", SCHEDULES), ("cache", CACHES), ("kappa", KAPPAS)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"expected one of {', '.join(known)}, got {getattr(self, name)!r}", name)
 
@@ -144,7 +157,9 @@ class SamplerConfig:
                 raise ConfigError(f"must be a number that is not negative, and at most {_LARGEST:,}, got {value}", name)
             if value and value < 1 / _LARGEST:
                 raise ConfigError(f"must be 0 or at least {1 / _LARGEST}, got {value}", name)
-        for name in ("top_p", "threshold", "editing_threshold"):
+        if isinstance(self.start_tokens, bool) or not isinstance(self.start_tokens, int) or self.start_tokens < 0:
+            raise ConfigError(f"expected a whole number of at least 0, got {self.start_tokens!r}", "start_tokens")
+        for name in ("top_p", "threshold", "editing_threshold", "edit_probability"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise ConfigError(f"must lie above 0 and at most at 1, got {value}", name)
@@ -180,6 +195,17 @@ class SamplerConfig:
                 "begin_suppress_tokens",
             )
 
+    def require_no_edits(self) -> None:
+        """Makes sure that nothing is asked which only a model that edits can do.
+
+        Raises:
+            ConfigError: one of `EDIT_FIELDS` is not at its default.
+        """
+        for name in EDIT_FIELDS:
+            value = getattr(self, name)
+            if value != getattr(SamplerConfig, name):  # the defaults, which are the class's own attributes
+                raise ConfigError(f"{value!r} is for models with edit heads, and this one has none: leave it out", name)
+
     def for_length(self, new_tokens: int) -> "SamplerConfig":
         """The same settings for answers of `new_tokens` tokens: as many tokens for each step as they had."""
         steps = self.steps
@@ -188,7 +214,8 @@ class SamplerConfig:
         return replace(self, max_new_tokens=new_tokens, steps=steps)
 
     def blocks(self, new_tokens: int | None = None) -> tuple[int, int]:
-        """Block size and most steps in a block, for answers of `new_tokens` tokens (null: of `max_new_tokens`).
+        """Block size and most steps in a block, for answers of `new_tokens` tokens (null: of `max_new_tokens`). A model
+        that edits has no blocks.
 
         Raises:
             ConfigError: the steps are fewer than the blocks.

@@ -26,8 +26,30 @@ _CONFIDENCE = {"maskgit_plus": CHOSEN, "llada2": CHOSEN, "llada21": CHOSEN, "top
 _LLADA2_THRESHOLD, _EDITING_THRESHOLD = 0.95, 0.9
 
 
+def check(config: SamplerConfig, spec: DiffusionSpec, infill: bool = False) -> None:
+    """Makes sure that settings can work on a model, as far as its spec tells: nothing needs to be loaded.
+
+    Args:
+        config: the settings.
+        spec: the model's facts.
+        infill: gaps are filled in, so that blocks are counted over texts which only the sampler knows.
+
+    Raises:
+        ConfigError: they can't.
+    """
+    if spec.edit_heads is not None:
+        from dllm_ray.sampling.edit_flow import check_settings  # which imports the engine, and that this module
+
+        check_settings(config)
+        return
+    if spec.mask_token_id is not None:
+        Plan(config, spec)
+    if not infill:
+        config.blocks()
+
+
 class Plan:
-    """A `SamplerConfig` on a model.
+    """A `SamplerConfig` on a model whose masks are committed.
 
     Args:
         config: the settings.
@@ -35,7 +57,7 @@ class Plan:
         takes_cache: whether the model can keep keys and values.
 
     Raises:
-        ConfigError: the cache can't be used with the model.
+        ConfigError: the cache can't be used with the model, or a setting is for models that edit.
     """
 
     def __init__(self, config: SamplerConfig, spec: DiffusionSpec, takes_cache: bool = True):
@@ -50,6 +72,7 @@ class Plan:
         self._grid = spec.grid
         # Dream's own decoding: where logits are shifted, its policies go by its rules
         self._dream = config.policy in DREAM_POLICIES and self.shift and spec.grid is None
+        config.require_no_edits()
         if self.cached and not takes_cache:
             raise ConfigError(
                 f"{spec.family} attends in a way of its own, which keeps no keys and values: set cache none", "cache"

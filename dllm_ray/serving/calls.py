@@ -58,18 +58,21 @@ class Text:
 @dataclass(frozen=True)
 class Canvas:
     """What one step wrote, for viewers. Positions count from the first token of the answer, or of the whole text where
-    a gap is filled."""
+    a gap is filled. Changes are made one after another: an insertion moves on what stands there, a deletion moves up
+    what follows."""
 
     index: int
     step: int
     """The first event of a text has step -1 and tells the canvas: its length and what is given."""
     length: int
+    """Tokens and masks after the step."""
     positions: tuple[int, ...]
     tokens: tuple[str, ...]
-    """The text of each token written; masks are empty."""
+    """The text of each token written; masks and tokens that are deleted are empty."""
     confidences: tuple[float, ...]
     kinds: tuple[Literal["write", "edit", "insert", "delete"], ...] = ()
-    """What was done at each position; empty: all were written."""
+    """What was done at each position: write over a mask, or tell how a token that stays reads now; edit, over another
+    token; insert; delete. Empty: all were written."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,10 @@ class Done:
 class Refused:
     """The call is not answered; the only event."""
 
-    kind: Literal["invalid", "too_long", "full", "draining", "failed"]
-    """invalid: settings or messages that can't be; too_long: it doesn't fit the model's context or the limits; full:
-    the queue is; draining: this replica is going away; failed: a defect."""
+    kind: Literal["invalid", "unsupported", "too_long", "full", "draining", "failed"]
+    """invalid: settings or messages that can't be; unsupported: a setting that means nothing to this kind of model;
+    too_long: it doesn't fit the model's context or the limits; full: the queue is; draining: this replica is going
+    away; failed: a defect."""
     message: str
     field: str | None = None
     """What of the request is wrong, by its name in the API."""
@@ -126,3 +130,5 @@ class ModelFacts:
     can_infill: bool
     sampler: Mapping[str, Any]
     """Its sampler settings, as far as calls may change them; `max_new_tokens` by `max_tokens`."""
+    edits: bool = False
+    """Whether it edits: its texts grow and shrink while they are written."""

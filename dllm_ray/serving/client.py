@@ -410,6 +410,7 @@ def _facts(entry: Mapping[str, Any]) -> ModelFacts:
         can_chat=told.get("can_chat", True),
         can_infill=told.get("can_infill", False),
         sampler=dict(told.get("sampler") or {}),
+        edits=bool(told.get("edits")),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from dllm_ray.config import flatten, parse, read, section
 from dllm_ray.errors import ConfigError
 from dllm_ray.models.config import ModelConfig, place
-from dllm_ray.models.defaults import sampler_settings
+from dllm_ray.models.defaults import edits, sampler_settings
 from dllm_ray.sampling.config import SamplerConfig
 from dllm_ray.serving.limits import Limits
 from dllm_ray.serving.settings import AppSettings
@@ -104,7 +104,8 @@ class ServedModel:
         """
         with section("sampler"):
             config = read(SamplerConfig, sampler_settings(path) | self.sampler, "sampler")
-            config.blocks()
+            if not edits(path):  # which has no blocks
+                config.blocks()
         return config
 
     def limits_over(self, base: Limits) -> Limits:

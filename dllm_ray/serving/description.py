@@ -131,6 +131,8 @@ class ModelDiffusion(_Told):
     """Most tokens of prompt and answer together; null: any number."""
     can_chat: bool
     can_infill: bool
+    edits: bool
+    """Its texts grow and shrink while they are written, and are sent when they are finished."""
     sampler: dict[str, Any]
     """Its sampler settings, which `diffusion` of a request changes."""
 

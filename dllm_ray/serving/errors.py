@@ -87,6 +87,8 @@ def of_refused(refused: Refused) -> ApiError:
     wait = {"Retry-After": str(max(1, math.ceil(refused.retry_after_s or 1)))}
     if refused.kind == "invalid":
         return ApiError(422, refused.message, refused.field)
+    if refused.kind == "unsupported":
+        return ApiError(400, refused.message, refused.field, "unsupported_parameter")
     if refused.kind == "too_long":
         return ApiError(400, refused.message, refused.field, "context_length_exceeded")
     if refused.kind == "full":

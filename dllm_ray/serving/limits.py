@@ -9,8 +9,10 @@ from dllm_ray.sampling.config import SamplerConfig
 CHANGEABLE = (
     ("policy", "steps", "steps_per_block", "block_size", "threshold", "factor", "cache", "cfg_scale")
     + ("temperature", "top_p", "top_k", "eos_penalty", "schedule", "alg_temperature")
+    + ("kappa", "start_tokens", "edit_probability")
 )  # fmt: skip
-"""The sampler settings that a call may change, unless a server says otherwise."""
+"""The sampler settings that a call may change, unless a server says otherwise, as far as they mean something to the
+model."""
 
 _COUNTS = ("max_rows", "max_tokens", "max_queue", "max_new_tokens", "max_prompt_tokens", "max_steps", "max_n")
 

@@ -18,7 +18,8 @@ import torch
 
 from dllm_ray.errors import ConfigError, DllmRayError
 from dllm_ray.models.lm import DiffusionLM
-from dllm_ray.sampling.engine import Commit, Engine, Finished, Row
+from dllm_ray.sampling.engine import Commit, Finished, Row
+from dllm_ray.sampling.sampler import engine_for
 from dllm_ray.serving.limits import Limits
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ class EngineLoop:
         lm: the model, in eval mode. Loops may share it; whoever else runs it meanwhile takes `turn_of` it.
         limits: how many rows are denoised together, and how many calls may wait.
         observe: told after each step: rows in it, tokens it wrote, seconds it took.
-        make_engine: what denoises rows; None: `Engine`.
+        make_engine: what denoises rows; None: the model's engine (`engine_for`).
         threads: torch threads on a CPU; None: as they are. Set in the loop's own thread only: once the teams of all
             threads have more members than there are cores, OpenMP lets them sleep between operations, and waking takes.
     """
@@ -128,7 +129,7 @@ class EngineLoop:
         self.limits = limits
         self._observe = observe
         self._threads = threads
-        self._make_engine = make_engine or (lambda: Engine(lm, events=True))
+        self._make_engine = make_engine or (lambda: engine_for(lm, events=True))
         self._engine = self._make_engine()
         self._turn = turn_of(lm)
         self._room = _Room(limits)
@@ -431,23 +432,28 @@ class _Room:
             self._kept = self._rectangle(row)
         self._rows += 1
         self._tokens += _cost(row)
-        self._lengths.append(len(row.tokens))
+        self._lengths.append(_width(row))
 
     def free(self, row: Row) -> None:
         """A row has left."""
         self._rows -= 1
         self._tokens -= _cost(row)
-        self._lengths.remove(len(row.tokens))
+        self._lengths.remove(_width(row))
 
     def _rectangle(self, row: Row) -> tuple[int, int]:
         rows, width = self._kept
         twins = 2 if row.config.cfg_scale > 0 else 1
-        return max(rows, twins * (self._rows + 1)), max(width, len(row.tokens), *self._lengths)
+        return max(rows, twins * (self._rows + 1)), max(width, _width(row), *self._lengths)
 
 
 def _cost(row: Row) -> int:
     """Positions that a forward computes for a row; a guided one has a twin."""
-    return len(row.tokens) * (2 if row.config.cfg_scale > 0 else 1)
+    return _width(row) * (2 if row.config.cfg_scale > 0 else 1)
+
+
+def _width(row: Row) -> int:
+    """Positions that a row may come to have."""
+    return max(len(row.tokens), row.longest or 0)
 
 
 def _rates(lately: Sequence[tuple[float, int, int, int]]) -> tuple[float, float, float]:

@@ -27,6 +27,7 @@ class ServedPartner:
         self.client = client
         self.name = facts.name
         self._own = settings_of(facts)
+        self._edits = facts.edits
 
     def check(self, config: SamplerConfig) -> None:
         """Whether the server allows the settings, and whether they fit its model, is told at the next question."""
@@ -37,7 +38,7 @@ class ServedPartner:
     def answer(self, messages: Sequence[Mapping[str, str]], config: SamplerConfig, colour: Colour | None) -> str:
         """As `Partner.answer`."""
         options = {"sampler": self._changes(config), "canvas": colour is not None}
-        return _drawn(self.client.chat(messages, self.name, **options), colour).text
+        return _drawn(self.client.chat(messages, self.name, **options), colour, self._edits).text
 
     def fill(self, text: str, config: SamplerConfig, colour: Colour | None) -> str:
         """As `Partner.fill`, for one gap."""
@@ -49,7 +50,7 @@ class ServedPartner:
         before, after = texts
         changes = self._changes(config) | {"max_new_tokens": gaps[0]}
         pieces = self.client.complete(before, self.name, after or None, sampler=changes, canvas=colour is not None)
-        return before + _drawn(pieces, colour).text + after
+        return before + _drawn(pieces, colour, self._edits).text + after
 
     def replay(self, path: Path) -> None:
         """As `Partner.replay`: a page needs tokens, and a server sends texts."""
@@ -68,11 +69,11 @@ def settings_of(facts: ModelFacts) -> SamplerConfig:
     return read(SamplerConfig, told, f"settings of {facts.name}")
 
 
-def _drawn(pieces: Iterator[Piece], colour: Colour | None) -> Answer:
+def _drawn(pieces: Iterator[Piece], colour: Colour | None, grows: bool) -> Answer:
     """The end of a stream, whose canvas is drawn on the way. Leaving early, as Ctrl-C does, closes the connection."""
     from dllm_ray.viz.live_texts import LiveTexts
 
-    with closing(pieces), nullcontext() if colour is None else LiveTexts(colour) as drawing:
+    with closing(pieces), nullcontext() if colour is None else LiveTexts(colour, grows) as drawing:
         for piece in pieces:
             if isinstance(piece, Answer):
                 if drawing is not None:

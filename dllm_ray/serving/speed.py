@@ -123,9 +123,8 @@ def _loaded(config: ModelConfig, threads: int | None):
 
 
 def _run(asked: Sequence[Question], config: SamplerConfig, batch: int, scales: bool) -> Run:
-    from dllm_ray.sampling.engine import Engine
     from dllm_ray.sampling.output import until_stop
-    from dllm_ray.sampling.sampler import Sampler, row_seeds
+    from dllm_ray.sampling.sampler import Sampler, engine_for, row_seeds
 
     rows = []
     for key, question in enumerate(asked):
@@ -133,7 +132,7 @@ def _run(asked: Sequence[Question], config: SamplerConfig, batch: int, scales: b
         sampler = Sampler(_lm, config.for_length(new) if scales else dataclasses.replace(config, max_new_tokens=new))
         [row] = sampler.rows([question.prompt], row_seeds(question.seed, [0]))
         rows.append(dataclasses.replace(row, key=key))
-    engine = Engine(_lm, max_rows=batch)
+    engine = engine_for(_lm, max_rows=batch)
     began = time.perf_counter()
     for row in rows:
         engine.admit(row)
@@ -142,8 +141,9 @@ def _run(asked: Sequence[Question], config: SamplerConfig, batch: int, scales: b
     finished = engine.take_finished()  # on a GPU its tokens are on the host by now
     run = Run(seconds=time.perf_counter() - began)
     for done in finished:
-        prompt, new = len(asked[done.row].prompt), asked[done.row].new_tokens
-        answer = until_stop(done.tokens[prompt : prompt + new], _lm.spec.stop_token_ids)
+        is_answer = done.answer or rows[done.row].open
+        written = [token for token, is_its in zip(done.tokens, is_answer, strict=True) if is_its]
+        answer = until_stop(written[: asked[done.row].new_tokens], _lm.spec.stop_token_ids)
         run.timings.append(Timing(began, tokens=len(answer), nfe=done.nfe))
     return run
 

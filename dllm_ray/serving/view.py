@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from dllm_ray.sampling.edits import in_turn
 from dllm_ray.sampling.engine import Commit, Row
 from dllm_ray.serving.calls import Canvas
 from dllm_ray.serving.text import Detokenizer
@@ -16,7 +17,7 @@ class View:
     def __init__(self, detokenizer: Detokenizer, row: Row, infill: bool, new: int | None, stops: Sequence[int]):
         self._detokenizer = detokenizer
         self._stops = frozenset(stops)
-        self._start = 0 if infill else row.open.index(True)
+        self._start = 0 if infill else row.block_start if row.longest is not None else row.open.index(True)
         self._tokens: list[int | None] = [
             None if is_open else token for token, is_open in zip(row.tokens, row.open, strict=True)
         ][self._start :][:new]
@@ -31,6 +32,8 @@ class View:
 
     def event(self, index: int, commit: Commit) -> Canvas:
         """What a step wrote, and the neighbours that read otherwise now: a character may be several tokens."""
+        if commit.edits:
+            return self._edited(index, commit)
         kinds = {}
         for place, token, confidence in zip(commit.positions, commit.tokens, commit.confidences, strict=True):
             place -= self._start
@@ -42,15 +45,45 @@ class View:
         places = sorted(kinds)
         return self._canvas(index, commit.step, places, [kinds[place] for place in places])
 
+    def _edited(self, index: int, commit: Commit) -> Canvas:
+        """`event` of a model that edits, whose prompt in front of the view may move as well."""
+        new = iter(zip(commit.tokens, commit.confidences, strict=True))
+        changes: list[tuple[int, str]] = []
+        beside: set[int] = set()
+        for edit in in_turn(commit.edits):
+            kind, place = edit.kind, edit.position - self._start
+            token, confidence = (None, 0.0) if kind == "delete" else next(new)
+            if place < 0:
+                self._start += (edit.kind == "insert") - (edit.kind == "delete")
+                continue
+            if kind == "delete":
+                del self._tokens[place], self._texts[place], self._confidences[place]
+                beside |= {place - 1, place}
+            else:
+                if kind == "substitute":
+                    kind = "write" if self._tokens[place] is None else "edit"
+                old = slice(place, place if kind == "insert" else place + 1)
+                self._tokens[old], self._texts[old], self._confidences[old] = [token], [""], [confidence]
+                beside.add(place)
+            changes.append((place, kind))
+        written = {place for place, kind in changes if kind != "delete"}
+        there = {place for place in beside if 0 <= place < len(self._tokens) and self._tokens[place] is not None}
+        changes += [(place, "write") for place in self._respell(there) if place not in written]
+        return self._canvas(index, commit.step, [place for place, _ in changes], [kind for _, kind in changes])
+
     def _canvas(self, index: int, step: int, places: Sequence[int], kinds: Sequence[str]) -> Canvas:
+        told = [
+            ("", 0.0) if kind == "delete" else (self._texts[place], self._confidences[place])
+            for place, kind in zip(places, kinds or ("write",) * len(places), strict=True)
+        ]
         return Canvas(
             index=index,
             step=step,
             length=len(self._tokens),
             positions=tuple(places),
-            tokens=tuple(self._texts[place] for place in places),
-            confidences=tuple(self._confidences[place] for place in places),
-            kinds=tuple(kinds) if "edit" in kinds else (),
+            tokens=tuple(text for text, _ in told),
+            confidences=tuple(confidence for _, confidence in told),
+            kinds=() if {*kinds} <= {"write"} else tuple(kinds),
         )
 
     def _respell(self, places: Iterable[int]) -> list[int]:

@@ -15,7 +15,8 @@ from dllm_ray import chat
 from dllm_ray.config import leaf_types, section, to_dict
 from dllm_ray.errors import ConfigError, DataError, ModelError
 from dllm_ray.models.lm import DiffusionLM
-from dllm_ray.sampling.config import SamplerConfig
+from dllm_ray.sampling.config import EDIT_FIELDS, SamplerConfig
+from dllm_ray.sampling.edit_flow import check_settings
 from dllm_ray.sampling.engine import Row
 from dllm_ray.sampling.kv_cache import keeps
 from dllm_ray.sampling.sampler import Sampler, row_seeds
@@ -67,10 +68,10 @@ class Writer:
         self._seed = config.seed
         self._most_steps = max(config.steps, self.limits.max_steps)
         self.config = dataclasses.replace(config, seed=None)  # rows have their own; those alike share a plan
-        self._is_uniform = Sampler(lm).is_uniform
+        self._is_uniform, self._edits = Sampler(lm).is_uniform, Sampler(lm).edits
         with turn_of(lm), section("sampler"):
             self._rows(self.config, [lm.spec.eos_token_id], [0], infill=False)
-            if not self._is_uniform:
+            if not self._is_uniform and not self._edits:
                 keeps(lm)  # measured by running the model, and known from then on
         self._tokenizing = _TOKENIZING.setdefault(lm.tokenizer, threading.Lock())
         with self._tokenizing:
@@ -79,6 +80,7 @@ class Writer:
         make_engine = (lambda: uniform.OneByOne(lm)) if self._is_uniform else None
         self.loop = EngineLoop(lm, self.limits, observe, make_engine, threads)
         settings = to_dict(self.config)
+        self._fields = [name for name in self.limits.fields if self._reads(name)]
         self.facts = ModelFacts(
             name=name,
             family=lm.spec.family,
@@ -86,7 +88,8 @@ class Writer:
             context=lm.max_length,
             can_chat=getattr(lm.tokenizer, "chat_template", None) is not None,
             can_infill=not self._is_uniform,
-            sampler={field: settings[field] for field in ("max_new_tokens", *self.limits.fields)},
+            sampler={field: settings[field] for field in ("max_new_tokens", *self._fields)},
+            edits=self._edits,
         )
 
     def write(self, call: Call, on_event: OnEvent) -> Writing:
@@ -152,9 +155,8 @@ class Writer:
     def _config(self, call: Call) -> SamplerConfig:
         changes = dict(call.sampler)
         for name, value in changes.items():
-            if name not in self.limits.fields:
-                known = ", ".join(self.limits.fields)
-                raise _invalid(f"{name!r} can't be changed here; what can: {known}", _api_name(name))
+            if name not in self._fields:
+                raise self._unchangeable(name)
             hint = _HINTS[name]
             if value is None and type(None) not in getattr(hint, "__args__", ()):
                 raise _invalid("can't be null", _api_name(name))
@@ -166,7 +168,8 @@ class Writer:
             if isinstance(call.max_tokens, bool) or call.max_tokens < 1:
                 raise _invalid(f"must be at least 1, got {call.max_tokens}", "max_tokens")
             changes["max_new_tokens"] = call.max_tokens
-            if "steps" not in changes and call.suffix is None:  # an answer is as good at any length
+            # an answer is as good at any length; the steps of a model that edits are of time, and not of tokens
+            if "steps" not in changes and call.suffix is None and not self._edits:
                 changes["steps"] = min(self.config.for_length(call.max_tokens).steps, self._most_steps)
         try:
             config = dataclasses.replace(self.config, **changes) if changes else self.config
@@ -175,6 +178,26 @@ class Writer:
         self._check_sizes(config)
         return config
 
+    def _reads(self, setting: str) -> bool:
+        """Whether a sampler setting means something to this kind of model."""
+        if not self._edits:
+            return setting not in EDIT_FIELDS
+        changed = SamplerConfig()
+        setattr(changed, setting, object())  # anything but the default
+        try:
+            check_settings(changed)
+        except ConfigError:
+            return False
+        return True
+
+    def _unchangeable(self, setting: str) -> "_Refusal":
+        known, field = ", ".join(self._fields), _api_name(setting)
+        if setting in _HINTS and not self._reads(setting):
+            kind = "edits" if self._edits else "doesn't edit"
+            message = f"{setting!r} means nothing to a model that {kind}: leave it out; what can be changed: {known}"
+            return _Refusal(Refused("unsupported", message, field))
+        return _invalid(f"{setting!r} can't be changed here; what can: {known}", field)
+
     def _check_sizes(self, config: SamplerConfig) -> None:
         limits = self.limits
         new = config.max_new_tokens
@@ -182,6 +205,9 @@ class Writer:
             raise _too_long(f"{new} tokens are more than the {limits.max_new_tokens} of this server", "max_tokens")
         if config.steps_per_block is None and config.steps > limits.max_steps:
             raise _invalid(f"must be at most {limits.max_steps}, got {config.steps}", "diffusion.steps")
+        most = max(limits.max_new_tokens, self.config.start_tokens)
+        if config.start_tokens > most:
+            raise _invalid(f"must be at most {most}, got {config.start_tokens}", "diffusion.start_tokens")
         most = max(limits.max_new_tokens, self.config.block_size or 0)
         if config.block_size is not None and config.block_size > most:
             raise _invalid(f"must be at most {most}, got {config.block_size}", "diffusion.block_size")

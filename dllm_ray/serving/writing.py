@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dllm_ray.sampling.engine import Commit, Finished, Row
 from dllm_ray.serving.calls import Call, Done, Event, Refused, Text
+from dllm_ray.serving.edited import EditedTokens
 from dllm_ray.serving.loop import Dropped, RowEvent, Ticket
 from dllm_ray.serving.text import Detokenizer, FinalText, FinalTokens
 from dllm_ray.serving.view import View
@@ -97,10 +98,13 @@ class AnswerRow:
         self._seed = row.seed
         self._given = given
         config, new = row.config, None
-        if not infill:
-            new = config.max_new_tokens or config.max_length - given
-        revises = rules.revises or config.policy == "llada21"
-        self._tokens = FinalTokens(row, revises, () if infill else rules.stop_tokens, new)
+        stops = () if infill else rules.stop_tokens
+        if row.longest is not None:
+            self._tokens = EditedTokens(row, infill, stops)
+        else:
+            if not infill:
+                new = config.max_new_tokens or config.max_length - given
+            self._tokens = FinalTokens(row, rules.revises or config.policy == "llada21", stops, new)
         self._text = FinalText(self._detokenizer, () if infill else rules.endings, self._call.stop)
         self._follows = self._call.stream or bool(self._call.stop)  # text is made as it is written, not in the end
         self._fed = self._sent = self._sent_length = 0
@@ -143,7 +147,10 @@ class AnswerRow:
         return self._text.stopped
 
     def _finish(self, finished: Finished) -> None:
-        self._tokens.finish(finished.tokens)
+        if finished.answer is None:
+            self._tokens.finish(finished.tokens)
+        else:
+            self._tokens.finish(finished.tokens, finished.answer)
         self._feed()
         piece = self._text.finish()
         tokens = self._kept()

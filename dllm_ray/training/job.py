@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
-from dllm_ray.config import check_seed, section
+from dllm_ray.config import check_seed, section, to_dict
 from dllm_ray.data.config import DataConfig
 from dllm_ray.errors import ConfigError
 from dllm_ray.evaluation.config import EvaluateConfig
@@ -89,9 +89,17 @@ class TrainingJob:
             raise ConfigError("each worker holds its model on its own device: use train.strategy", "model.device_map")
         if self.lora.rank is not None and self.model.path is None:
             raise ConfigError("an adapter needs a trained model under it: set model.path", "lora.rank")
+        if self.objective.name == "edit_flow" and self.data.padding not in (None, "ignore"):
+            raise ConfigError("edit_flow's rows have lengths of their own: leave it out, or say ignore", "data.padding")
+        if self.objective.name == "edit_flow" and self.data.packing:
+            raise ConfigError("edit_flow's rows change their lengths, so they can't share one", "data.packing")
         check_seed(self.seed)
         with section("sampler"):
-            self.sampler.blocks()
+            if self.objective.name == "edit_flow":
+                self.sampler = _of_edits(self.sampler, self.model.path, self.objective.kappa)
+            else:
+                self.sampler.require_no_edits()
+                self.sampler.blocks()
         with section("train"):
             check(self.train, self.model.quantization)
         if self.train.learning_rate is None:
@@ -104,3 +112,28 @@ class TrainingJob:
                 f"({scratch.max_position_embeddings})",
                 "train.max_length",
             )
+
+
+def _of_edits(sampler: SamplerConfig, path: str | None, kappa: str) -> SamplerConfig:
+    """The settings for a model that learns to edit: without what a masked model brought along and an edited text has
+    no use for, and on the objective's schedule.
+
+    Raises:
+        ConfigError: a setting of the user's own has no meaning for a model that edits.
+    """
+    from dllm_ray.models.defaults import sampler_settings
+    from dllm_ray.sampling.edit_flow import check_settings  # heavy, and for this objective only
+
+    defaults, given = SamplerConfig(), to_dict(sampler)
+    meaningless = {}
+    for name, value in (sampler_settings(path) if path else {}).items():
+        alone = SamplerConfig()
+        setattr(alone, name, value)  # without the checks of combinations
+        try:
+            check_settings(alone)
+        except ConfigError:
+            if given.get(name) == value:
+                meaningless[name] = getattr(defaults, name)
+    sampler = replace(sampler, **meaningless)
+    check_settings(sampler)
+    return replace(sampler, kappa=kappa) if sampler.kappa == defaults.kappa else sampler

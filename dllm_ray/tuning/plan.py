@@ -1,7 +1,7 @@
 """What a sweep will ask: documents of the search and held-out ones, settings, and how many of them at a time."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,14 @@ class Plan:
         return min(1 + math.ceil(workers / slices), max(self.trials, 1))
 
 
-def plan(config: SweepConfig, tasks: Sequence[Loaded], base: SamplerConfig, limit: int | None, seed: int) -> Plan:
+def plan(
+    config: SweepConfig,
+    tasks: Sequence[Loaded],
+    base: SamplerConfig,
+    limit: int | None,
+    seed: int,
+    check: Callable[[SamplerConfig], object] = SamplerConfig.blocks,
+) -> Plan:
     """Works a sweep out, before anything is loaded.
 
     Args:
@@ -59,11 +66,12 @@ def plan(config: SweepConfig, tasks: Sequence[Loaded], base: SamplerConfig, limi
         base: the settings that the sweep begins with.
         limit: documents of each task that may be asked; None: all.
         seed: of drawn settings and their order.
+        check: as of `Space`.
 
     Raises:
         ConfigError: a space or documents that can't be.
     """
-    space = Space(config.space, base)
+    space = Space(config.space, base, check)
     candidates = _candidates(config, space, seed)
     search, held_out = _documents(config, min(task.documents for task in tasks), limit)
     if config.asha and len(search) <= config.first_documents:

@@ -141,6 +141,7 @@ class Space:
             `integer` and `log_integer` to its values or its lowest and highest, and optionally `when` to a mapping
             of other fields to the value or values that they must have. These may be fields of the space or not.
         base: the settings that candidates begin with.
+        check: raises ConfigError for settings that are impossible on the model that they are for.
 
     Attributes:
         names: the fields, in the order given.
@@ -151,7 +152,13 @@ class Space:
             never has an effect.
     """
 
-    def __init__(self, tree: Mapping[str, Any], base: SamplerConfig):
+    def __init__(
+        self,
+        tree: Mapping[str, Any],
+        base: SamplerConfig,
+        check: Callable[[SamplerConfig], object] = SamplerConfig.blocks,
+    ):
+        self._check = check
         if not isinstance(tree, Mapping) or not tree:
             raise ConfigError("name at least one field of sampler and its values, e.g. {steps: [8, 16]}", "sweep.space")
         self.base = read(SamplerConfig, to_dict(base), "sampler")
@@ -167,7 +174,7 @@ class Space:
 
     @property
     def impossible(self) -> list[tuple[str, str]]:
-        """(name, reason) of each combination met so far that `SamplerConfig` refuses."""
+        """(name, reason) of each combination met so far that `SamplerConfig` or the model's check refuses."""
         return list(self._refused.items())
 
     def grid(self) -> list[Candidate]:
@@ -289,7 +296,7 @@ class Space:
         name = _name(changes)
         try:
             sampler = replace(self.base, **changes)
-            sampler.blocks()
+            self._check(sampler)
         except ConfigError as error:
             self._refused.setdefault(name, str(error))
             raise ConfigError(f"{name}: {error}", "sweep.space") from None

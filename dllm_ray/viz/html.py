@@ -11,17 +11,19 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm_ray.models.spec import DiffusionSpec
 from dllm_ray.output import complete_file
+from dllm_ray.sampling.edits import after, in_turn
 from dllm_ray.viz.spelling import Speller
 
 if TYPE_CHECKING:
     from dllm_ray.sampling.engine import Commit
 
-VERSION = 1
+VERSION = 2
 """Of the data format inside the page."""
 
 
@@ -34,7 +36,8 @@ class ReplayRow:
     commits: Sequence["Commit"]
     """What each step wrote, in order."""
     prompt_length: int = 0
-    """Tokens at the beginning that are given; after them every token is given that isn't the mask token."""
+    """Tokens at the beginning that are given; after them every token is given that isn't the mask token. Where prompts
+    may be edited they are given as long as they aren't."""
     tokens: list[int] = field(default_factory=list)
     """The row when it was done; empty: what the commits make of the canvas."""
     label: str = ""
@@ -81,8 +84,10 @@ def replay(
 def _row(tokenizer, spec: DiffusionSpec, row: ReplayRow) -> dict[str, Any]:
     """A row as the page's script reads it.
 
-    Each step holds a list of changes with a `kind`, of which there is one so far: `write` puts tokens at positions of
-    the canvas, over masks or over earlier tokens. `texts` are the positions that read differently after the step.
+    Each step holds a list of changes with a `kind`, made one after another. `write` and `substitute` put tokens at
+    positions of the canvas, over masks or over earlier tokens; `insert` puts them there and moves on what stood there;
+    `delete` takes away what stands there. `texts` are the positions that read differently after the step, where what
+    was inserted read as nothing.
     """
     speller = Speller(tokenizer, spec)
     tokens = list(row.canvas)
@@ -90,25 +95,45 @@ def _row(tokenizer, spec: DiffusionSpec, row: ReplayRow) -> dict[str, Any]:
     mask = spec.mask_token_id  # None: nothing is masked, and all that follows the prompt is written
     given = [index < row.prompt_length or (mask is not None and token != mask) for index, token in enumerate(tokens)]
     described = {"label": row.label, "canvas": list(tokens), "texts": texts, "given": _runs(given)}
+    described["grows"] = spec.edit_heads is not None
     steps = []
     for commit in row.commits:
         step: dict[str, Any] = {"step": commit.step}
-        if commit.positions:
-            for position, token in zip(commit.positions, commit.tokens, strict=True):
-                tokens[position] = token
-            write = {
-                "kind": "write",
-                "positions": commit.positions,
-                "tokens": commit.tokens,
-                "confidences": [round(value, 4) if math.isfinite(value) else None for value in commit.confidences],
-            }
-            before, texts = texts, speller.spell(tokens)
+        if changes := _changes(commit):
+            before = _moved(commit, texts)
+            tokens = after(commit, tokens, commit.tokens)
+            texts = speller.spell(tokens)
             changed = (index for index, text in enumerate(texts) if text != before[index])
-            step |= {"changes": [write], "texts": {index: texts[index] for index in changed}}
+            step |= {"changes": changes, "texts": {index: texts[index] for index in changed}}
         if commit.done:
             step["done"] = True
         steps.append(step)
     return described | {"steps": steps, "final": list(row.tokens) or tokens}
+
+
+def _changes(commit: "Commit") -> list[dict[str, Any]]:
+    """What a step changed, neighbours of one kind together."""
+    known = iter([round(value, 4) if math.isfinite(value) else None for value in commit.confidences])
+    if commit.edits:
+        made = [
+            (edit.kind, edit.position, edit.token, None if edit.kind == "delete" else next(known))
+            for edit in in_turn(commit.edits)
+        ]
+    else:
+        made = [("write", *change) for change in zip(commit.positions, commit.tokens, known, strict=True)]
+    changes = []
+    for kind, alike in itertools.groupby(made, itemgetter(0)):
+        _, positions, tokens, confidences = map(list, zip(*alike, strict=True))
+        changes.append({"kind": kind, "positions": positions, "tokens": tokens, "confidences": confidences})
+    return changes
+
+
+def _moved(commit: "Commit", texts: list[str]) -> list[str]:
+    """Texts beside the tokens after a step: those that were there before it, and nothing where one was inserted."""
+    if not commit.edits:
+        return texts
+    new = [texts[edit.position] if edit.kind == "substitute" else "" for edit in commit.edits if edit.kind != "delete"]
+    return after(commit, texts, new)
 
 
 def _runs(flags: Sequence[bool]) -> list[list[int]]:
@@ -157,6 +182,7 @@ h2 { font-size: 1rem; margin: 1.2rem 0 .3rem; overflow-wrap: anywhere; }
 .edited { text-decoration: underline wavy; text-underline-offset: .2em; }
 .fresh { outline: 2px solid var(--accent); outline-offset: -1px; font-weight: 600; }
 .ended { padding: 0; }
+.gone { color: var(--soft); text-decoration: line-through; }
 .canvas span:hover { box-shadow: 0 0 0 1px var(--text); }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 1px; }
 .soft, .keys { color: var(--soft); font-size: .9rem; margin: .3rem 0; }
@@ -171,30 +197,28 @@ th { color: var(--soft); }
 _SCRIPT = r"""
 "use strict";
 
-// What a row holds once its steps below `shown` are applied.
+// What a row holds once its steps below `shown` are applied: lists with an entry for each token, and `gone`, what the
+// last step deleted.
 function stateAt(row, mask, shown) {
   const state = {
     tokens: row.canvas.slice(),
     texts: row.texts.slice(),
+    given: row.canvas.map((_, position) => row.given.some(([start, stop]) => start <= position && position < stop)),
+    inserted: row.canvas.map(() => false),
     steps: row.canvas.map(() => null),
     confidences: row.canvas.map(() => null),
     earlier: row.canvas.map(() => []),
     fresh: new Set(),
+    gone: [],
+    counts: {insert: 0, substitute: 0, delete: 0},
     done: false,
   };
   for (const step of row.steps) {
     if (step.step >= shown) break;
     for (const change of step.changes || []) {
-      if (change.kind !== "write") throw new Error("a change of an unknown kind: " + change.kind);
       change.positions.forEach((position, index) => {
-        if (!isOpen(row, mask, state, position)) {
-          state.earlier[position].push(
-            {token: state.tokens[position], text: state.texts[position], step: state.steps[position]});
-        }
-        state.tokens[position] = change.tokens[index];
-        state.steps[position] = step.step;
-        state.confidences[position] = change.confidences[index];
-        if (step.step === shown - 1) state.fresh.add(position);
+        const isNew = step.step === shown - 1;
+        apply(state, mask, change.kind, position, change.tokens[index], change.confidences[index], step.step, isNew);
       });
     }
     for (const [position, text] of Object.entries(step.texts || {})) state.texts[position] = text;
@@ -203,18 +227,50 @@ function stateAt(row, mask, shown) {
   return state;
 }
 
+// One change. Those of a step go from left to right, so that nothing which is fresh or gone is moved by a later one.
+function apply(state, mask, kind, position, token, confidence, step, isNew) {
+  if (isNew && kind in state.counts) state.counts[kind] += 1;
+  const lists = [state.tokens, state.texts, state.given, state.inserted, state.steps, state.confidences, state.earlier];
+  if (kind === "delete") {
+    if (isNew) state.gone.push({position, token: state.tokens[position], text: state.texts[position], step});
+    for (const list of lists) list.splice(position, 1);
+    return;
+  }
+  if (kind === "insert") {
+    const entries = [token, "", false, true, step, confidence, []];
+    lists.forEach((list, index) => list.splice(position, 0, entries[index]));
+  } else if (kind === "write" || kind === "substitute") {
+    if (!isOpen(mask, state, position)) {
+      state.earlier[position].push(
+        {token: state.tokens[position], text: state.texts[position], step: state.steps[position]});
+    }
+    state.tokens[position] = token;
+    state.steps[position] = step;
+    state.confidences[position] = confidence;
+  } else {
+    throw new Error("a change of an unknown kind: " + kind);
+  }
+  if (isNew) state.fresh.add(position);
+}
+
+// What is drawn of a row, in order: {position} of a token, or {gone} of one that the last step deleted.
+function itemsOf(state) {
+  const items = [], gone = state.gone.slice();
+  for (let position = 0; position <= state.tokens.length; position += 1) {
+    while (gone.length && gone[0].position <= position) items.push({gone: gone.shift()});
+    if (position < state.tokens.length) items.push({position});
+  }
+  return items;
+}
+
 // Steps that the longest row takes.
 function stepsOf(rows) {
   return Math.max(0, ...rows.map(row => row.steps.length ? row.steps[row.steps.length - 1].step + 1 : 0));
 }
 
-function isGiven(row, position) {
-  return row.given.some(([start, stop]) => start <= position && position < stop);
-}
-
 // Whether a position waits to be written.
-function isOpen(row, mask, state, position) {
-  if (state.steps[position] === null) return !isGiven(row, position);
+function isOpen(mask, state, position) {
+  if (state.steps[position] === null) return !state.given[position];
   return state.tokens[position] === mask;
 }
 
@@ -224,14 +280,14 @@ function quoted(text) {
 
 // Everything that is known of one token, in words.
 function describe(row, mask, state, position) {
-  const parts = ["position " + position];
-  if (isOpen(row, mask, state, position) && state.done) {
-    return parts.concat("behind the end of the text, token " + row.final[position]).join(", ");
-  }
-  if (isOpen(row, mask, state, position)) return parts.concat("not yet written").join(", ");
+  const parts = ["position " + position], open = isOpen(mask, state, position);
+  if (open && state.done && row.grows) return parts.concat("a mask that was left").join(", ");
+  if (open && state.done) return parts.concat("behind the end of the text, token " + row.final[position]).join(", ");
+  if (open) return parts.concat("not yet written").join(", ");
   parts.push("token " + state.tokens[position] + " " + quoted(state.texts[position]));
   if (state.steps[position] === null) return parts.concat("given").join(", ");
-  parts.push("written in step " + (state.steps[position] + 1));
+  const isInsertion = state.inserted[position] && !state.earlier[position].length;
+  parts.push((isInsertion ? "inserted" : "written") + " in step " + (state.steps[position] + 1));
   if (state.confidences[position] !== null) parts.push("confidence " + state.confidences[position].toFixed(3));
   const lines = [parts.join(", ")];
   for (const old of state.earlier[position].slice().reverse()) {
@@ -241,11 +297,16 @@ function describe(row, mask, state, position) {
   return lines.join("\n");
 }
 
+function named(text) {
+  return text === "" ? "empty" : text.replaceAll("\n", " line break ").trim() || "space";
+}
+
 // A token in the words of a screen reader.
 function spoken(row, mask, state, position) {
-  if (isOpen(row, mask, state, position)) return state.done ? "empty, behind the end of the text" : "mask";
-  const text = state.texts[position];
-  const parts = [text === "" ? "empty" : text.replaceAll("\n", " line break ").trim() || "space"];
+  if (isOpen(mask, state, position)) {
+    return !state.done ? "mask" : row.grows ? "a mask that was left" : "empty, behind the end of the text";
+  }
+  const parts = [named(state.texts[position])];
   if (state.steps[position] === null) return parts.concat("given").join(", ");
   parts.push("step " + (state.steps[position] + 1));
   if (state.confidences[position] !== null) parts.push("confidence " + state.confidences[position].toFixed(3));
@@ -277,20 +338,29 @@ function start(document, data) {
     canvas.setAttribute("role", "group");
     canvas.setAttribute("aria-label", name);
     canvas.dir = "auto";
-    const tokens = row.canvas.map((_, position) => {
-      const token = make("span");
-      token.setAttribute("role", "img");
-      token.tabIndex = position ? -1 : 0;
-      token.dataset.row = index;
-      token.dataset.position = position;
-      return token;
-    });
-    canvas.append(...tokens);
     const section = make("section");
     section.append(make("h2", name), canvas, count);
     at("rows").append(section);
-    return {tokens, count};
+    return {canvas, count, tokens: []};
   });
+
+  // Makes sure that a row has so many places for tokens; those too many are hidden.
+  function fit(index, places) {
+    const {canvas, tokens} = views[index];
+    while (tokens.length < places) {
+      const token = make("span");
+      token.setAttribute("role", "img");
+      token.tabIndex = tokens.length ? -1 : 0;
+      token.dataset.row = index;
+      token.dataset.position = tokens.length;
+      tokens.push(token);
+      canvas.append(token);
+    }
+    tokens.forEach((token, place) => {
+      token.hidden = place >= places;
+      if (token.hidden) token.textContent = "";
+    });
+  }
 
   function hue(state, position, byStep) {
     if (byStep) return 225 + 165 * (state.steps[position] / Math.max(total - 1, 1));
@@ -301,11 +371,20 @@ function start(document, data) {
     const byStep = at("colour").value === "step";
     states = data.rows.map(row => stateAt(row, data.mask, shown));
     data.rows.forEach((row, index) => {
-      const state = states[index];
+      const state = states[index], items = itemsOf(state);
       let masks = 0;
-      views[index].tokens.forEach((token, position) => {
-        const given = state.steps[position] === null && isGiven(row, position);
-        const open = isOpen(row, data.mask, state, position);
+      fit(index, items.length);
+      items.forEach(({position, gone}, place) => {
+        const token = views[index].tokens[place];
+        if (gone) {
+          token.className = "gone";
+          token.textContent = gone.text.replaceAll("\n", "\u23ce");
+          token.setAttribute("aria-label", named(gone.text) + ", deleted");
+          token.style.removeProperty("--hue");
+          return;
+        }
+        const given = state.steps[position] === null && state.given[position];
+        const open = isOpen(data.mask, state, position);
         const ended = open && state.done;
         if (open && !ended) masks += 1;
         const kinds = [given ? "given" : ended ? "ended" : open ? "mask" : "written"];
@@ -318,9 +397,14 @@ function start(document, data) {
         if (given || open) token.style.removeProperty("--hue");
         else token.style.setProperty("--hue", hue(state, position, byStep).toFixed(0));
       });
-      const steps = stepsOf([row]);
-      views[index].count.textContent =
-        "step " + Math.min(shown, steps) + " of " + steps + ", " + masks + (masks === 1 ? " mask" : " masks") + " left";
+      const steps = stepsOf([row]), parts = ["step " + Math.min(shown, steps) + " of " + steps];
+      const many = (count, word) => count + " " + word + (count === 1 ? "" : "s");
+      if (row.grows) parts.push(many(state.tokens.length, "token"));
+      else parts.push(many(masks, "mask") + " left");
+      for (const [kind, told] of [["insert", "inserted"], ["substitute", "substituted"], ["delete", "deleted"]]) {
+        if (state.counts[kind]) parts.push(state.counts[kind] + " " + told);
+      }
+      views[index].count.textContent = parts.join(", ");
     });
     at("slider").value = shown;
     at("slider").setAttribute("aria-valuetext", "step " + shown + " of " + total);
@@ -337,8 +421,14 @@ function start(document, data) {
 
   function tell() {
     if (inspected === null) return;
-    const [row, position] = inspected;
-    at("info").textContent = describe(data.rows[row], data.mask, states[row], position);
+    const [row, place] = inspected, item = itemsOf(states[row])[place];
+    let told = "No token stands here now.";
+    if (item?.gone) {
+      told = "token " + item.gone.token + " " + quoted(item.gone.text) + ", deleted in step " + (item.gone.step + 1);
+    } else if (item) {
+      told = describe(data.rows[row], data.mask, states[row], item.position);
+    }
+    at("info").textContent = told;
   }
 
   function inspect(event) {

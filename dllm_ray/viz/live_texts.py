@@ -12,11 +12,11 @@ class LiveTexts(Drawing):
     """The drawing of a canvas of texts, told of every step with `update`.
 
     Args:
-        colour: as in `Drawing`.
+        colour, grows: as in `Drawing`.
     """
 
-    def __init__(self, colour: Literal["step", "confidence"] = "step"):
-        super().__init__(0, colour)
+    def __init__(self, colour: Literal["step", "confidence"] = "step", grows: bool = False):
+        super().__init__(0, colour, grows)
         self._cells: list[str | None] = []  # None: a mask
 
     def update(
@@ -43,18 +43,12 @@ class LiveTexts(Drawing):
         with self._lock:
             if step < 0:
                 self._cells, self._written, self._edited = [None] * length, {}, set()
+            self._begin(step)
             confidences = confidences or (0.0,) * len(positions)  # what is given has none
             for position, text, confidence, kind in zip(positions, texts, confidences, kinds, strict=True):
-                if kind in ("insert", "delete"):
-                    self._move(position, kind == "insert")
-                if kind == "delete" or not 0 <= position < max(length, len(self._cells)):
-                    continue
-                self._cells += [None] * (position + 1 - len(self._cells))
-                self._cells[position] = printable(text)
-                if step >= 0:
-                    self._wrote(step, position, confidence, kind == "edit")
+                if 0 <= position < max(length, len(self._cells) + (kind == "insert")):
+                    self._take(kind, position, printable(text), None if step < 0 else confidence)
             self._cells = self._cells[:length] + [None] * (length - len(self._cells))
-            self._drew(step, positions if step >= 0 else ())
         if self._live is None and step >= 0:
             self._print_line()
 
@@ -63,21 +57,19 @@ class LiveTexts(Drawing):
         with self._lock:
             self._done = True
 
-    def _move(self, position: int, is_insert: bool) -> None:
-        """Makes room at a position, or closes it."""
-        by = 1 if is_insert else -1
-
-        def moved(old: int) -> int:
-            return old + by if old >= position else old
-
-        if is_insert:
-            self._cells.insert(position, None)
+    def _take(self, kind: str, position: int, text: str, confidence: float | None) -> None:
+        """Makes one change; what is given has no confidence."""
+        self._cells += [None] * (position + (kind != "insert") - len(self._cells))
+        before = self._cells[position : position + 1]
+        if kind == "delete":
+            del self._cells[position]
+        elif kind == "insert":
+            self._cells.insert(position, text)
         else:
-            del self._cells[position : position + 1]
-            self._written.pop(position, None)
-            self._edited.discard(position)
-        self._written = {moved(old): mark for old, mark in self._written.items()}
-        self._edited = set(map(moved, self._edited))
+            self._cells[position] = text
+        if confidence is not None and not (kind == "write" and before[0] is not None):  # else it reads otherwise now
+            gone = (MASK if text is None else text for text in before)
+            self._change(kind, position, confidence, "".join(gone))
 
     def __len__(self) -> int:
         return len(self._cells)

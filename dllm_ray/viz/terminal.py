@@ -7,7 +7,9 @@ import itertools
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Literal, Self
 
 from rich.console import Console
@@ -17,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dllm_ray.models.spec import DiffusionSpec
+from dllm_ray.sampling.edits import after, in_turn
 from dllm_ray.viz.spelling import LINE_BREAK, Speller
 
 if TYPE_CHECKING:
@@ -27,6 +30,8 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 _PLAIN_EVERY_S = 5.0
 _DRAWINGS_PER_S = 12
 _NEW = " bold reverse"
+_GONE = "dim strike"
+_SIGNS = {"insert": "+", "edit": "~", "delete": "-"}
 # readable on a light and on a dark terminal
 _STEP_COLOURS = ((70, 110, 230), (190, 70, 190), (225, 115, 30))
 _CONFIDENCE_COLOURS = ((220, 60, 60), (195, 145, 30), (40, 150, 80))
@@ -117,21 +122,26 @@ class Drawing:
 
     Masks are drawn as ░, ends of text as ∎. On a terminal it is drawn over, and its last state stays; elsewhere every
     step is a plain line. What is still masked after the last step lies behind the end of the text, and is left blank.
+    A token that a step deletes stays until the next one, struck through; in a plain line it is counted.
 
     Args:
         given: positions at the beginning that are given and not shown; what is given after them is shown plain.
         colour: what is written by the step that wrote it (old blue, new orange), or by its confidence (low red, high
             green).
+        grows: the canvas is a sequence that changes its length, which is told instead of the masks that are left.
     """
 
-    def __init__(self, given: int = 0, colour: Literal["step", "confidence"] = "step"):
+    def __init__(self, given: int = 0, colour: Literal["step", "confidence"] = "step", grows: bool = False):
         self._given = given
         self._colour = colour
+        self._grows = grows
         self._written: dict[int, tuple[int, float]] = {}  # position -> the step that wrote it, and its confidence
         self._edited: set[int] = set()
         self._new: set[int] = set()
-        self._steps = 0
-        self._edits = 0
+        self._gone: dict[int, list[str]] = {}  # position -> texts that the last step deleted in front of it
+        self._lately: Counter[str] = Counter()  # kinds of the last step's changes
+        self._kinds: Counter[str] = Counter()
+        self._steps = self._forwards = 0
         self._done = False
         self._began = self._latest = time.monotonic()
         self._lock = threading.Lock()  # rich draws in a thread of its own
@@ -169,22 +179,57 @@ class Drawing:
             self._live = None
             console.print(self._text(final=True), self._status(), sep="\n")
 
-    def _wrote(self, step: int, position: int, confidence: float, is_edit: bool) -> None:
-        """Remembers that a step wrote a position."""
-        if is_edit:
-            self._edits += 1
-            self._edited.add(position)
-        self._written[position] = (step, confidence)
-
-    def _drew(self, step: int, positions: Iterable[int]) -> None:
-        """Remembers what is new."""
-        self._new = set(positions)
+    def _begin(self, step: int) -> None:
+        """A step's changes follow; those of step -1 are what is given, which `_change` isn't told."""
+        self._new, self._gone, self._lately = set(), {}, Counter()
         self._steps = step + 1
+        self._forwards += step >= 0
         self._latest = time.monotonic()
+
+    def _change(self, kind: str, position: int, confidence: float = 0.0, text: str = "") -> None:
+        """Remembers a change of the step that has begun.
+
+        Args:
+            kind: write, edit, insert (what follows moves on) or delete (what follows moves up).
+            position: where, at the time of the change.
+            confidence: in the new token.
+            text: of the one that is deleted.
+        """
+        self._kinds[kind] += 1
+        self._lately[kind] += 1
+        if kind == "delete":
+            self._gone.setdefault(position, []).append(text)  # before what is moved here
+        if kind in ("insert", "delete"):
+            self._move(position, kind == "insert")
+        if kind == "delete":
+            return
+        if kind == "edit":
+            self._edited.add(position)
+        self._written[position] = (self._steps - 1, confidence)
+        self._new.add(position)
+
+    def _move(self, position: int, is_insert: bool) -> None:
+        """Makes room in the books at a position, or closes it."""
+        if not is_insert:
+            self._written.pop(position, None)
+            self._edited.discard(position)
+            self._new.discard(position)
+        by, first = (1, position) if is_insert else (-1, position + 1)
+
+        def moved(old: int) -> int:
+            return old + by if old >= first else old
+
+        self._written = {moved(old): mark for old, mark in self._written.items()}
+        self._edited, self._new = set(map(moved, self._edited)), set(map(moved, self._new))
+        first = position + 1  # what was deleted in front of a new token stays in front of it
+        gone, self._gone = self._gone, {}
+        for old, texts in sorted(gone.items()):
+            self._gone.setdefault(moved(old), []).extend(texts)
 
     def _print_line(self) -> None:
         text = "".join(self._texts()[self._given :]).replace("\n", LINE_BREAK)
-        console.print(Text(f"step {self._steps:>3}  {text}"), soft_wrap=True)
+        told = _signed(self._lately) if self._grows else ""
+        console.print(Text(f"step {self._steps:>3}{told and f' ({told})'}  {text}"), soft_wrap=True)
 
     def _window(self) -> Text:
         """What fits on the terminal, around what was written last, with the status below it."""
@@ -201,11 +246,15 @@ class Drawing:
         texts = self._texts()
         if final:
             texts = _without_tail(texts, [self._is_end(position) for position in range(len(texts))])
+        pieces = []
+        for position in range(self._given, len(texts) + 1):
+            if not final:
+                pieces += [(_GONE, gone) for gone in self._gone.get(position, ())]
+            if position < len(texts):
+                pieces.append((self._style(position, mark_new=not final), texts[position]))
         text = Text()
-        shown = range(self._given, len(texts))
-        for style, positions in itertools.groupby(shown, lambda position: self._style(position, mark_new=not final)):
-            piece = "".join(texts[position] for position in positions)
-            text.append(piece.replace("\n", LINE_BREAK + "\n"), style=style)
+        for style, alike in itertools.groupby(pieces, itemgetter(0)):
+            text.append("".join(piece for _, piece in alike).replace("\n", LINE_BREAK + "\n"), style=style)
         return text
 
     def _style(self, position: int, mark_new: bool) -> str:
@@ -228,11 +277,13 @@ class Drawing:
         masks = 0 if self._done else sum(map(self._is_mask, range(len(self))))
         tokens = self._text_tokens()
         seconds = max(self._latest - self._began, 1e-9)
-        parts = [f"step {self._steps}", f"{masks} masks left"]
-        if self._steps:
-            parts += [f"{tokens / seconds:.0f} tokens/s", f"{tokens / self._steps:.2f} tokens per forward"]
-        if self._edits:
-            parts.append(f"{self._edits} edits")
+        parts = [f"step {self._steps}", f"{len(self) - self._given} tokens" if self._grows else f"{masks} masks left"]
+        if self._forwards:
+            parts += [f"{tokens / seconds:.0f} tokens/s", f"{tokens / self._forwards:.2f} tokens per forward"]
+        if self._grows:
+            parts.append(_signed(self._kinds))
+        elif self._kinds["edit"]:
+            parts.append(f"{self._kinds['edit']} edits")
         status = Text("  ".join(parts), style="dim")
         status.truncate(console.width, overflow="ellipsis")
         return status
@@ -262,7 +313,7 @@ class LiveCanvas(Drawing):
         prompt_length: int = 0,
         colour: Literal["step", "confidence"] = "step",
     ):
-        super().__init__(prompt_length, colour)
+        super().__init__(prompt_length, colour, grows=spec.edit_heads is not None)
         self._spec = spec
         self._speller = Speller(tokenizer, spec)
         self._tokens = list(canvas)
@@ -270,14 +321,29 @@ class LiveCanvas(Drawing):
     def update(self, commit: "Commit") -> None:
         """Takes in what a step wrote."""
         with self._lock:
-            for position, token, confidence in zip(commit.positions, commit.tokens, commit.confidences, strict=True):
-                is_edit = position in self._written and not self._is_mask(position)
-                self._tokens[position] = token
-                self._wrote(commit.step, position, confidence, is_edit)
+            self._begin(commit.step)
+            if commit.edits:
+                self._follow_edits(commit)
+            else:
+                self._follow_writes(commit)
+            self._tokens = after(commit, self._tokens, commit.tokens)
             self._done = commit.done
-            self._drew(commit.step, commit.positions)
         if self._live is None:
             self._print_line()
+
+    def _follow_writes(self, commit: "Commit") -> None:
+        for position, confidence in zip(commit.positions, commit.confidences, strict=True):
+            is_edit = position in self._written and not self._is_mask(position)
+            self._change("edit" if is_edit else "write", position, confidence)
+
+    def _follow_edits(self, commit: "Commit") -> None:
+        texts, confidences = self._texts(), iter(commit.confidences)
+        for edit, turn in zip(commit.edits, in_turn(commit.edits), strict=True):
+            if edit.kind == "delete":
+                self._change("delete", turn.position, text=texts[edit.position])
+            else:
+                over = "write" if self._is_mask(edit.position) else "edit"
+                self._change("insert" if edit.kind == "insert" else over, turn.position, next(confidences))
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -299,6 +365,11 @@ def _without_tail(texts: list[str], ends: Sequence[bool]) -> list[str]:
     """One end of text stands for those that fill the canvas behind it."""
     last = max((index for index, text in enumerate(texts) if text and not ends[index]), default=-1)
     return texts[: last + 1] + [text for text in texts[last + 1 :] if text][:1]
+
+
+def _signed(kinds: Counter[str]) -> str:
+    """Insertions, substitutions and deletions: `+3 ~1 -2`."""
+    return " ".join(f"{sign}{kinds[kind]}" for kind, sign in _SIGNS.items() if kinds[kind])
 
 
 def _is_marked(line: Text) -> bool:

@@ -60,7 +60,6 @@ def test_variants_are_asked_beside_the_jobs_own_settings():
         ({"lines": [Setting("a", name="../b")]}, "evaluate.suite: '../b' can't be a name"),
         ({"lines": [Setting("answers")]}, "evaluate.suite: 'answers' can't be a name"),
         ({"lines": [Setting("a", sampler={"step": 4})]}, "evaluate.suite: line a: sampler.*did you mean steps"),
-        ({"lines": [Setting("a", sampler={"steps": 1})]}, "evaluate.suite: line a: .*fewer than the 2 blocks"),
         ({"lines": [Setting("a", likelihood={"mc_num": 0})]}, "evaluate.suite: line a: .*mc_num: must be a whole"),
         ({"lines": [Setting("a", limit=0)]}, "evaluate.suite: line a: limit: must be at least 1"),
         ({"variants": [{"steps": 4}]}, "evaluate.variants: a suite's lines have settings of their own"),

@@ -364,7 +364,6 @@ def test_ctrl_c_drops_the_answer_and_keeps_the_conversation(at_terminal, monkeyp
         ({"model.path": "/no/such/folder"}, "no such model directory: /no/such/folder"),
         ({}, "model.path: name the model"),
         ({"sampler.steps": "x"}, "sampler.steps: expected int, got x"),
-        ({"model.path": "gone/", "sampler.block_size": "8", "sampler.steps": "2"}, "sampler.steps: 2 steps are fewer"),
         ({"model.path": "gone/", "show": "colour"}, "show: expected one of 'step', 'confidence', 'off', got colour"),
         ({"model.path": "gone/", "system": "\udcff"}, "system: it is not valid Unicode"),
     ],

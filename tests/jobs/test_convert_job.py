@@ -352,7 +352,7 @@ def spoil(folder: Path, change) -> None:
     [
         ({"model__path": None}, "model.path: name the model"),
         ({"output_dir": None}, "output_dir: name the directory to make"),
-        ({"to": "llada"}, "to: expected one of 'native', 'mdlm', 'bd3lm', 'original', got llada"),
+        ({"to": "llada"}, "to: expected one of 'native', 'mdlm', 'bd3lm', 'editflow', 'original', got llada"),
         ({"to": "bd3lm", "block_size": 0}, "block_size: must be at least 1, got 0"),
         ({"model__quantization": "4bit"}, "model.quantization: has no effect here"),
         ({"model__dtype": "float8"}, "model.dtype: expected one of 'float32', 'bfloat16', 'float16', 'auto'"),

@@ -51,41 +51,38 @@ def resumed_at(output: str) -> int:
     return int(said[-1])
 
 
-def check_curve(folder, undisturbed):
-    """Every step was done, those since a checkpoint at most twice, and each with the loss of the undisturbed run."""
+def check_curve(folder, undisturbed, repeats=1):
+    """Every step was done, those since a checkpoint once more each time, and each with the loss of the undisturbed
+    run."""
     values = history(folder, "train/loss")
     assert sorted(values) == list(range(1, STEPS + 1))
-    repeated = [step for step, seen in values.items() if len(seen) > 1]
-    assert len(repeated) <= EVERY
+    assert sum(len(seen) - 1 for seen in values.values()) <= repeats * EVERY
     for step, seen in values.items():
         assert seen == pytest.approx([undisturbed[step - 1]] * len(seen), rel=1e-4)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
-def test_a_killed_worker_is_replaced_and_the_run_ends_well(tmp_path, undisturbed, strategy):
-    driver = begin(tmp_path, train__strategy=strategy)
-    os.kill(train_workers(driver)[1].pid, signal.SIGKILL)
+def test_a_killed_worker_is_replaced_and_a_killed_driver_s_run_goes_on(tmp_path, undisturbed):
     log = tmp_path / "log"
-    assert ended(driver, log) == 0, log.read_text()
+    driver = begin(tmp_path)
+    os.kill(train_workers(driver)[1].pid, signal.SIGKILL)
+    began = time.monotonic()
+    while not re.search(r"from step \d+ of 240 steps", log.read_text()):
+        assert driver.poll() is None and time.monotonic() - began < HANGS_S, log.read_text()
+        time.sleep(0.02)
     step = resumed_at(log.read_text())
     assert step >= EVERY and step % EVERY == 0
-    check_curve(tmp_path / "run", undisturbed)
-    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
 
-
-def test_a_killed_driver_takes_its_workers_along_and_the_same_command_resumes(tmp_path, undisturbed):
-    driver = begin(tmp_path)
     workers = train_workers(driver)
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
-    assert len(workers) == 2
-    assert not psutil.wait_procs(workers, timeout=HANGS_S)[1]
-
+    assert len(workers) >= 2
+    assert not psutil.wait_procs(workers, timeout=HANGS_S)[1], "a killed driver takes its workers along"
     done = train(tmp_path / "run", **SETTINGS)
     assert done.returncode == 0, done.stdout + done.stderr
-    step = resumed_at(done.stdout)
-    assert step >= EVERY and step % EVERY == 0
-    check_curve(tmp_path / "run", undisturbed)
+    again = resumed_at(done.stdout)
+    assert again >= step and again % EVERY == 0
+    check_curve(tmp_path / "run", undisturbed, repeats=2)
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
     (record,) = runs(tmp_path / "run")
     assert record.info.status == "FINISHED"
 
@@ -106,7 +103,7 @@ def small_disk(folder: Path):
 def test_an_interrupt_saves_and_a_full_disk_loses_nothing(tmp_path, undisturbed):
     store = tmp_path / "store"
     with small_disk(store):
-        placed = {"train__storage_path": str(store)}
+        placed = {"train__storage_path": str(store), "train__strategy": "zero2"}
         driver = begin(tmp_path, store, **placed)
         driver.send_signal(signal.SIGINT)
         log = tmp_path / "log"

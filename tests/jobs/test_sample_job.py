@@ -9,7 +9,7 @@ import pytest
 from jobs_testing import load_job
 
 from dllm_ray import chat, cluster, workers
-from dllm_ray.answers import Answer, AnswerStore
+from dllm_ray.answers import Answer, AnswerStore, canvases, write
 from dllm_ray.cli import run_job
 from dllm_ray.errors import ModelError
 from dllm_ray.models.load import load
@@ -49,19 +49,19 @@ class Pool:
         if self.fails:
             raise ModelError("the weights are broken")
 
-    def fill(self, store, prompts, config, _slice_rows, on_progress, infill):
+    def fill(self, store, prompts, config, _slice_rows, on_progress, infill, drafts):
         sampler = Sampler(self._lm, config)
         seeds = row_seeds(store.facts["seed"], range(len(prompts)))
         rows = [list(prompt) for prompt in prompts]
-        output = (sampler.infill if infill else sampler.sample)(rows, seeds=seeds)
+        output = write(sampler, rows, seeds, infill, drafts)
         answers = map(Answer, output.completions, output.row_nfe, [False] * len(prompts))
         store.add(dict(enumerate(answers)), seconds=1.0)
         on_progress(len(store))
 
-    def trace(self, prompts, config, seeds, infill):
+    def trace(self, prompts, config, seeds, infill, drafts):
         sampler = Sampler(self._lm, config)
         rows = [list(prompt) for prompt in prompts]
-        return sampler.canvases(rows, infill), sampler.sample(rows, trace=True, seeds=seeds)
+        return canvases(sampler, rows, infill, drafts), write(sampler, rows, seeds, infill, drafts, trace=True)
 
 
 @pytest.fixture

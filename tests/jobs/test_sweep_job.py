@@ -35,10 +35,10 @@ TASK = {
 }
 TASK_CODE = f"""
 import datasets
-from dllm_ray.data import builtin
+from dllm_ray.data.builtin import digits
 
 def dataset(**_metadata):
-    return {{"test": datasets.Dataset.from_list(list(builtin.rows("test", 0, {SEARCHED + HELD_OUT})))}}
+    return {{"test": datasets.Dataset.from_list(list(digits.rows("test", 0, {SEARCHED + HELD_OUT})))}}
 
 def process_results(doc, results):
     answer = results[0][:8]

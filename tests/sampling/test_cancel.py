@@ -38,7 +38,7 @@ def rows(draw, lm: DiffusionLM, key: int, caches: list[str]) -> Row:
 
 
 @given(data=st.data())
-@settings(max_examples=25, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, suppress_health_check=list(HealthCheck))
 def test_others_are_what_they_are_alone_whoever_leaves(models, data):
     name = data.draw(st.sampled_from(["full", "causal", "encoder"]))
     lm = models[name]

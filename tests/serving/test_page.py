@@ -743,7 +743,7 @@ def test_insertions_deletions_edits_and_new_spellings_are_told_apart(visit):
         shares = calculate(page, "return [NaN, null, -0.05, -3].map(value => canvas.certainty(value, 'entropy'))")
     assert ["".join(text for text, _ in state) for state in states] == ["a░░", "ab\ufffd", "axb\ufffd", "axyé", "ayé"]
     assert states[0][0] == states[3][0] == ["a", "given"] and states[1][2] == ["\ufffd", "written unknown fresh"]
-    assert states[2][1] == ["x", "written sure tint-9 edited fresh"]
+    assert states[2][1] == ["x", "written sure tint-9 fresh"]
     assert states[3][2:] == [["y", "written sure tint-10 edited fresh"], ["é", "written unknown"]]
     assert shares[:2] == [None, None] and shares[2:] == pytest.approx([0.951, 0.0498], abs=1e-3)
 

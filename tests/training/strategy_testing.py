@@ -18,13 +18,15 @@ import torch
 import torch.distributed as dist
 
 from dllm_ray.errors import ConfigError
+from dllm_ray.models import edit_heads
 from dllm_ray.models.adapters import add_lora
 from dllm_ray.models.config import LoRAConfig, ScratchConfig
 from dllm_ray.models.lm import DiffusionLM
+from dllm_ray.models.probe import unused_parameters
 from dllm_ray.models.scratch import build
 from dllm_ray.models.spec import IGNORE_INDEX
 from dllm_ray.models.tokenizers import train_bpe
-from dllm_ray.objectives import MDLM, Part
+from dllm_ray.objectives import MDLM, EditFlow, Objective, Part
 from dllm_ray.training.config import TrainConfig
 from dllm_ray.training.loop import Batch, StepResult, train_steps, validate
 from dllm_ray.training.strategies import deepspeed, wrap
@@ -92,17 +94,22 @@ def make_lm(architecture: str = "bert", seed: int = 0, **sizes: Any) -> Diffusio
     return build(ScratchConfig(architecture=architecture, vocab_size=300, **(defaults | sizes)), tokenizer(), seed)
 
 
-def make_batches(strategy: Strategy, start: int = 0, stop: int = STEPS) -> list[Batch]:
+def make_batches(
+    strategy: Strategy, start: int = 0, stop: int = STEPS, objective: Objective | None = None
+) -> list[Batch]:
     """This worker's part of the same global batches on any number of workers."""
     generator = torch.Generator().manual_seed(5)
     own = ROWS // strategy.world_size
     first = own * strategy.rank
     batches = []
-    for _ in range(stop):
+    for step in range(stop):
         ids = torch.randint(10, 200, (ROWS, 12), generator=generator)
         labels = ids.clone()
         labels[:, :4] = IGNORE_INDEX
-        tensors = {"input_ids": ids[first : first + own], "labels": labels[first : first + own]}
+        arrays = {"input_ids": ids.numpy(), "labels": labels.numpy()}
+        if objective is not None and objective.pairs is not None:
+            arrays = objective.pairs(arrays, step)
+        tensors = {name: torch.from_numpy(array[first : first + own]) for name, array in arrays.items()}
         batches.append(Batch(tensors, Part(first, ROWS), ids.numel()))
     return batches[start:]
 
@@ -113,16 +120,17 @@ def settings(strategy: str, workers: int, parts: int = 1, **changes: Any) -> Tra
     return TrainConfig(strategy=strategy, micro_batch_size=size, **(defaults | changes))
 
 
-def train(strategy: Strategy, config: TrainConfig, start: int = 0, stop: int = STEPS) -> list[tuple[float, float]]:
+def train(
+    strategy: Strategy, config: TrainConfig, start: int = 0, stop: int = STEPS, objective: Objective | None = None
+) -> list[tuple[float, float]]:
     """(loss, norm of the gradient) of each step."""
-    batches = make_batches(strategy, start, stop)
+    objective = objective or MDLM(strategy.lm.spec)
+    batches = make_batches(strategy, start, stop, objective)
 
     def figures(result: StepResult) -> tuple[float, float]:
         return strategy.sum(result.loss)[0].item(), result.grad_norm.item()
 
-    return [
-        figures(result) for result in train_steps(strategy, MDLM(strategy.lm.spec), batches, config, STEPS, 0, start)
-    ]
+    return [figures(result) for result in train_steps(strategy, objective, batches, config, STEPS, 0, start)]
 
 
 def valid_nll(strategy: Strategy) -> float:
@@ -229,6 +237,25 @@ def variants(folder: Path) -> dict[tuple[str, str], Any]:
         lm = make_lm("llama")
         lm.model.bfloat16()
         run("bf16 weights", name, lm, precision="bf16")
+    return found
+
+
+def edit_curves(workers: int, folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
+    """Trains edit heads and an adapter beside them under strategies: name -> steps."""
+    keep_nothing_whole()
+    found = {}
+    for name in names:
+        for adapter in (False, True):
+            lm = edit_heads.attach(make_lm("llama"), time=True)
+            for unused in unused_parameters(lm.model):
+                lm.model.get_parameter(unused).requires_grad_(False)
+            lm = add_lora(lm, LoRAConfig(rank=2), seed=0) if adapter else lm
+            objective = EditFlow(lm.spec, vocabulary=200, x0=("noised", "empty"), logits_at_once=8)
+            config = settings(name, workers, parts=2, clip_norm=1.0)
+            strategy = wrap(lm, config)
+            key = f"{name}, adapter" if adapter else name
+            found[key] = train(strategy, config, stop=8, objective=objective)
+            strategy.export(folder / key)
     return found
 
 

@@ -130,6 +130,23 @@ def test_an_adapter_trains_alike_and_alone(optional, folder, strategy):
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
 
 
+def test_edit_heads_train_alike_under_every_strategy(folder):
+    """With an adapter or without; each edit of a global batch is seen by one worker, in parts of eight tokens."""
+    plain = runs.in_group(1, folder / "edits-1", runs.edit_curves, 1, folder / "edits-of-1", ("ddp",))[0]
+    names = ("ddp", "fsdp2", "zero2", "zero3")
+    found = runs.in_group(2, folder / "edits-2", runs.edit_curves, 2, folder / "edits-of-2", names)[0]
+    for what in ("", ", adapter"):
+        assert plain[f"ddp{what}"][0] != plain[f"ddp{what}"][-1]
+        expected = load_file(folder / "edits-of-1" / f"ddp{what}" / f"{'adapter_' if what else ''}model.safetensors")
+        for name in names:
+            assert found[f"{name}{what}"] == near(plain[f"ddp{what}"]), f"{name}{what}"
+            file = folder / "edits-of-2" / f"{name}{what}" / f"{'adapter_' if what else ''}model.safetensors"
+            exported = load_file(file)
+            assert exported.keys() == expected.keys() and any("edit_heads" in tensor for tensor in exported)
+            for tensor, values in expected.items():
+                torch.testing.assert_close(exported[tensor], values, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("strategy", SHARDED)
 def test_quantized_weights_are_for_ddp(strategy):
     with pytest.raises(ConfigError, match=f"^strategy: {strategy} can't shard weights in 4bit"):

@@ -24,6 +24,8 @@ export class Canvas {
   constructor(policy) {
     this.policy = policy;
     this.cells = [];
+    this.gone = []; // what the last step deleted, each with the position that it stood in front of
+    this.grows = false; // whether its length has changed
     this.step = -1;
     this.forwards = 0;
     this.ended = false;
@@ -33,6 +35,7 @@ export class Canvas {
   // deletion. The first event, of step -1, tells what is given.
   apply({step, length, positions = [], tokens = [], confidences = [], kinds = []}) {
     this.step = step;
+    this.gone = [];
     if (step >= 0) this.forwards += 1;
     else {
       this.cells = [];
@@ -46,11 +49,34 @@ export class Canvas {
 
   change(kind, position, cell) {
     const old = this.cells[position];
-    if (kind === "delete") this.cells.splice(position, 1);
-    else if (kind === "insert") this.cells.splice(position, 0, {...cell, inserted: true});
+    if (kind === "delete" || kind === "insert") this.move(kind, position, cell);
     else if (!old) this.cells[position] = cell;
     else if (kind === "edit") this.cells[position] = {...cell, inserted: old.inserted, earlier: [...old.earlier, old]};
     else this.cells[position] = {...old, text: cell.text}; // the same token, which reads otherwise beside a new one
+  }
+
+  move(kind, position, cell) {
+    const before = this.gone.filter(one => one.position <= position);
+    const behind = this.gone.filter(one => one.position > position);
+    const moved = by => behind.map(one => ({...one, position: one.position + by}));
+    this.grows = true;
+    if (kind === "insert") {
+      this.cells.splice(position, 0, {...cell, inserted: true});
+      this.gone = [...before, ...moved(1)];
+    } else {
+      const [old] = this.cells.splice(position, 1);
+      this.gone = [...before, {position, text: old ? old.text : MASK, step: cell.step}, ...moved(-1)];
+    }
+  }
+
+  // What is drawn, from left to right: {position} of a place, or {gone} of what the last step deleted.
+  get items() {
+    const items = [];
+    for (let position = 0; position <= this.cells.length; position += 1) {
+      for (const gone of this.gone) if (gone.position === position) items.push({gone});
+      if (position < this.cells.length) items.push({position});
+    }
+    return items;
   }
 
   fit(length) {
@@ -67,6 +93,15 @@ export class Canvas {
     return this.cells.filter(cell => !cell).length;
   }
 
+  // How something that is gone is drawn, and all that is known of it.
+  lookGone({text}) {
+    return [text.replaceAll("\n", "\u23ce"), "gone"];
+  }
+
+  describeGone({text, step}) {
+    return quoted(text) + ", deleted in step " + (step + 1);
+  }
+
   // How a place is drawn: its text and its classes.
   look(position) {
     const cell = this.cells[position];
@@ -76,7 +111,7 @@ export class Canvas {
     const share = certainty(cell.confidence, this.policy);
     const names = ["written", band(share)];
     if (share !== null) names.push("tint-" + Math.round(share * 10));
-    if (cell.earlier.length || cell.inserted) names.push("edited");
+    if (cell.earlier.length) names.push("edited");
     if (cell.step === this.step) names.push("fresh");
     return [text, names.join(" ")];
   }
@@ -86,7 +121,8 @@ export class Canvas {
     const cell = this.cells[position];
     if (!cell) return this.ended ? "behind the end of the text" : "not written yet";
     if (cell.given) return quoted(cell.text) + ", given";
-    const parts = [quoted(cell.text), (cell.inserted ? "inserted" : "written") + " in step " + (cell.step + 1)];
+    const came = cell.inserted && !cell.earlier.length ? "inserted" : "written";
+    const parts = [quoted(cell.text), came + " in step " + (cell.step + 1)];
     if (cell.confidence !== null) parts.push(this.measure(cell.confidence));
     for (const old of cell.earlier.slice().reverse()) {
       parts.push("before " + quoted(old.text) + (old.given ? ", given" : " from step " + (old.step + 1)));
@@ -108,8 +144,8 @@ export function canvasAt(events, count, policy) {
   return canvas;
 }
 
-// Draws canvases into an element, one span for each place; only what differs from before is touched. `readable` names
-// each place in words and lets the keyboard walk over them.
+// Draws canvases into an element, one span for each item; only what differs from before is touched. `readable` names
+// each in words and lets the keyboard walk over them.
 export class CanvasView {
   constructor(element, readable) {
     this.element = element;
@@ -118,13 +154,15 @@ export class CanvasView {
   }
 
   draw(canvas) {
-    while (this.spans.length > canvas.cells.length) this.spans.pop().remove();
-    while (this.spans.length < canvas.cells.length) this.add();
-    this.spans.forEach((span, position) => {
-      const [text, names] = canvas.look(position);
+    const items = canvas.items;
+    while (this.spans.length > items.length) this.spans.pop().remove();
+    while (this.spans.length < items.length) this.add();
+    this.spans.forEach((span, index) => {
+      const {position, gone} = items[index];
+      const [text, names] = gone ? canvas.lookGone(gone) : canvas.look(position);
       if (span.textContent !== text) span.textContent = text;
       if (span.className !== names) span.className = names;
-      const about = canvas.describe(position);
+      const about = gone ? canvas.describeGone(gone) : canvas.describe(position);
       if (span.title === about) return;
       span.title = about;
       if (this.readable) span.setAttribute("aria-label", about);

@@ -81,7 +81,7 @@ export class ExchangeView {
       this.note.hidden = true;
       this.text.textContent = this.exchange.answer;
       this.text.hidden = this.live !== null;
-      if (this.live) this.view.draw(this.live);
+      if (this.live) this.drawCanvas(this.live);
       this.figures.textContent = figures(this.measured());
       this.keepInSight();
     });
@@ -90,9 +90,9 @@ export class ExchangeView {
   // Figures as far as the page can tell.
   measured() {
     if (!this.live) return {};
-    const {written, cells, forwards} = this.live, seconds = (performance.now() - this.began) / 1000;
+    const {written, cells, grows, forwards} = this.live, seconds = (performance.now() - this.began) / 1000;
     return {
-      tokens: written, length: cells.length, forwards,
+      tokens: written, length: grows ? undefined : cells.length, forwards,
       tokensPerForward: forwards ? written / forwards : undefined,
       tokensPerSecond: seconds > 0 && written ? written / seconds : undefined,
     };
@@ -168,6 +168,11 @@ export class ExchangeView {
     else this.canvas.setAttribute("aria-hidden", "true");
   }
 
+  drawCanvas(canvas) {
+    this.view.draw(canvas);
+    this.legend.querySelector(".gone").hidden = !canvas.grows;
+  }
+
   showReplay(open) {
     this.pause();
     this.replay.hidden = !open;
@@ -189,7 +194,7 @@ export class ExchangeView {
   goTo(step) {
     const last = this.events.length - 1, canvas = canvasAt(this.events, step + 1, this.policy);
     canvas.ended = step === last;
-    this.view.draw(canvas);
+    this.drawCanvas(canvas);
     this.slider.value = step;
     const told = "step " + step + " of " + last;
     const tokens = canvas.written + (canvas.written === 1 ? " token" : " tokens");
