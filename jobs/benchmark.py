@@ -39,6 +39,7 @@ import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -82,6 +83,9 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 }
 """What sets each algorithm apart; one step for each token otherwise."""
 
+EDITS: dict[str, dict[str, Any]] = {"edit_flow": {}, "edit_flow_adaptive": {"edit_probability": 0.5}}
+"""The same of models that edit."""
+
 
 def check_file(name: str | None, field: str) -> None:
     """Makes sure, before anything is measured, that figures can be written to a file."""
@@ -120,6 +124,8 @@ class TrainBenchmark:
             if getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, got {getattr(self, name)}", name)
         check_file(self.json, "json")
+        if self.objective.name == "edit_flow":
+            raise ConfigError("the bare loop beside ours is one of masked diffusion", "objective.name")
         self.train = replace(
             self.train,
             workers=1,
@@ -220,8 +226,10 @@ class SampleBenchmark:
     """Names of algorithms; null: all that the model can run."""
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
     """Prompts denoised together."""
+    prompts: str | None = None
+    """Questions to answer, as of jobs/sample.py, in turns of a batch size; null: one batch of random tokens."""
     prompt_tokens: int = 128
-    """Length of the prompts, which are random tokens."""
+    """Length of random prompts."""
     new_tokens: int = 32
     """Length of the answers; an end of text doesn't stop them."""
     block_size: int = 32
@@ -255,11 +263,14 @@ class SampleBenchmark:
             raise ConfigError(f"expected some of {', '.join(ALGORITHMS)}, got none", "algorithms")
         check_file(self.json, "json")
         for name in self.algorithms or ():
-            if name not in ALGORITHMS:
-                raise ConfigError(f"expected some of {', '.join(ALGORITHMS)}, got {name!r}", "algorithms")
+            if name not in ALGORITHMS | EDITS:
+                known = ", ".join(ALGORITHMS | EDITS)
+                raise ConfigError(f"expected some of {known}, got {name!r}", "algorithms")
 
-    def sampler(self, algorithm: str) -> SamplerConfig:
-        """The settings of an algorithm."""
+    def sampler(self, algorithm: str, own: dict[str, Any]) -> SamplerConfig:
+        """The settings of an algorithm; those of one that edits begin with the model's own."""
+        if algorithm in EDITS:
+            return SamplerConfig(**own | EDITS[algorithm] | {"max_new_tokens": self.new_tokens, "seed": self.seed})
         steps = self.new_tokens // 2 if algorithm == "mdlm_half_steps" else self.new_tokens
         return SamplerConfig(
             max_new_tokens=self.new_tokens,
@@ -274,6 +285,7 @@ class SampleBenchmark:
 def benchmark_sample(job: SampleBenchmark) -> None:
     import torch
 
+    from dllm_ray.sampling import plan
     from dllm_ray.sampling.engine import plan_for
     from dllm_ray.sampling.speed import measure
     from dllm_ray.viz.terminal import table
@@ -284,16 +296,21 @@ def benchmark_sample(job: SampleBenchmark) -> None:
     lm = _model_to_sample(job)
     texts = _random_texts(lm, job.seed)
     rows = []
-    for algorithm in ALGORITHMS if job.algorithms is None else job.algorithms:
-        config = job.sampler(algorithm)
+    known = ALGORITHMS if lm.spec.edit_heads is None else EDITS
+    for algorithm in known if job.algorithms is None else job.algorithms:
+        config = job.sampler(algorithm, dict(lm.spec.sampler))
         try:
-            plan_for(lm, config)
+            if algorithm in EDITS and known is ALGORITHMS:
+                raise ConfigError("the model has no edit heads")
+            plan.check(config, lm.spec)
+            if known is ALGORITHMS:
+                plan_for(lm, config)
         except ConfigError as error:
             print(f"{algorithm}: left out: {error}", file=sys.stderr)
             continue
         for size in job.batch_sizes:
-            prompts = texts(size, job.prompt_tokens)
-            speed = measure(lm, config, prompts, job.rounds)
+            prompts = _questions(job, lm) if job.prompts else texts(size, job.prompt_tokens)
+            speed = measure(lm, config, prompts, job.rounds, size)
             rows.append({"algorithm": algorithm, "batch": size, **asdict(speed)})
             print(f"{algorithm}, batch {size}: {speed.ratio:.3f} times its forwards", file=sys.stderr)
     where = _where(torch.get_num_threads())
@@ -303,6 +320,16 @@ def benchmark_sample(job: SampleBenchmark) -> None:
             json.dump({"where": where, "settings": to_dict(job), "rows": rows}, file, indent=2)
     if output_dir is not None:
         _log(job, output_dir, rows)
+
+
+def _questions(job: SampleBenchmark, lm) -> list[list[int]]:
+    """The prompts of the job's source."""
+    from dllm_ray.data import sources
+    from dllm_ray.prompts import encode_rows
+
+    shards = sources.resolve(job.prompts)
+    rows = ((partial(shard.where, number), row) for shard in shards for number, row in shard.read())
+    return encode_rows(rows, lm.tokenizer, {})[1]
 
 
 def _random_texts(lm, seed: int) -> Callable[[int, int], list[list[int]]]:

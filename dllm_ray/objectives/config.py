@@ -58,11 +58,12 @@ class ObjectiveConfig:
     """Most that kappa'/(1-kappa) weighs a row; null: no bound."""
     x0: tuple[Literal["empty", "masks", "uniform", "noised"], ...] = ("empty",)
     """What follows the prompt at time 0; of several, each row draws one. empty: nothing; masks: `x0_length` mask
-    tokens; uniform: as many tokens drawn from the vocabulary; noised: the answer with mistakes, to learn to repair."""
+    tokens; uniform: as many tokens drawn from the vocabulary; noised: the answer with mistakes and without its end, to
+    learn to repair drafts."""
     x0_length: int = 64
     """Tokens of `x0` masks and uniform."""
     x0_noise: float = 0.3
-    """Of `x0` noised: share of the answer's tokens that are replaced, dropped or doubled."""
+    """Of `x0` noised: share of the answer's tokens that are replaced (by others of the batch), dropped or doubled."""
     edit_time: bool = False
     """Whether heads that are made for this training are told the time. Without, one forward serves as many steps as
     change nothing."""

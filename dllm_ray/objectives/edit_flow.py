@@ -54,7 +54,7 @@ class EditFlow:
 
     Args:
         spec: the model's facts.
-        vocabulary: how many tokens noise is drawn from; needed for `x0` `uniform` and `noised`.
+        vocabulary: how many tokens noise is drawn from; needed for `x0` `uniform`.
         longest: most tokens of a sequence that the model takes; None: any number.
         seed: of what rows begin with.
         settings: fields of `ObjectiveConfig`.
@@ -79,8 +79,8 @@ class EditFlow:
         self.config = config = ObjectiveConfig(name=self.name, **settings)
         if "masks" in config.x0 and spec.mask_token_id is None:
             raise ConfigError(f"{spec.family} has no mask token to begin with", "x0")
-        if vocabulary is None and {"uniform", "noised"} & set(config.x0):
-            raise ConfigError("uniform and noised need to know the vocabulary", "x0")
+        if vocabulary is None and "uniform" in config.x0:
+            raise ConfigError("uniform needs to know the vocabulary", "x0")
         self.spec = spec
         self.schedule = kappa_schedule(config.kappa)
         self._kwargs = {"vocabulary": vocabulary, "longest": longest, "seed": seed}

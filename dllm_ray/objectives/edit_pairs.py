@@ -22,13 +22,14 @@ class EditPairs:
 
     x0: Sequence[str]
     """What follows the prompt at the beginning, one of them drawn for each row: `empty`: nothing; `masks`: `length`
-    mask tokens; `uniform`: `length` tokens, each as likely; `noised`: the answer with a share `noise` of its tokens
-    replaced, dropped or doubled."""
+    mask tokens; `uniform`: `length` tokens, each as likely; `noised`: the answer without an end of text, with a share
+    `noise` of its tokens replaced, dropped or doubled."""
     length: int
     noise: float
     vocabulary: int
-    """Tokens are drawn from 0 up to this one, but for `reserved`."""
+    """Uniform tokens are drawn from 0 up to this one, but for `reserved`."""
     reserved: tuple[int, ...]
+    """Tokens that are no text."""
     mask_token_id: int | None
     bos_token_id: int
     longest: int | None
@@ -48,19 +49,24 @@ class EditPairs:
         """
         seen = arrays.get("attention_mask")
         seen = np.ones_like(arrays["input_ids"]) if seen is None else seen
+        # what tokens are replaced by has to be likely, or there would be nothing to learn from it
+        answers = arrays["input_ids"][arrays["labels"] != IGNORE_INDEX]
+        others = answers[~np.isin(answers, self.reserved)]
         pairs = []
         for row, (ids, labels, own) in enumerate(
             zip(arrays["input_ids"], arrays["labels"], seen.astype(bool), strict=True), start=first
         ):
             labelled = np.flatnonzero(labels[own] != IGNORE_INDEX)
-            pairs.append(self._pair(ids[own], labelled, np.random.default_rng([self.seed, step, row])))
+            pairs.append(self._pair(ids[own], labelled, others, np.random.default_rng([self.seed, step, row])))
         width = max(len(z0) for z0, _ in pairs)
         padded = np.full((2, len(pairs), width), BLANK, dtype=np.int64)
         for row, pair in enumerate(pairs):
             padded[:, row, : len(pair[0])] = pair
         return {**arrays, "z0": padded[0], "z1": padded[1]}
 
-    def _pair(self, x1: np.ndarray, labelled: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def _pair(
+        self, x1: np.ndarray, labelled: np.ndarray, others: np.ndarray, random: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
         if not len(labelled):  # filler of a batch, or a row that teaches nothing
             return x1, x1
         start = int(labelled[0])
@@ -70,26 +76,25 @@ class EditPairs:
             start = 1
         x1 = x1[: self.longest]
         prompt, answer = x1[:start], x1[start:]
-        x0 = self._beginning(answer, random)
+        x0 = self._beginning(answer, others, random)
         if self.longest is not None:
             x0 = x0[: self.longest - len(x1)]
         # by itself: aligned together with the prompt, an insertion could land inside that, where samplers make none
         z0, z1 = align(x0, answer)
         return np.concatenate([prompt, z0]), np.concatenate([prompt, z1])
 
-    def _beginning(self, answer: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    def _beginning(self, answer: np.ndarray, others: np.ndarray, random: np.random.Generator) -> np.ndarray:
         kind = self.x0[random.integers(len(self.x0))]
-        if kind == "empty":
-            return answer[:0]
         if kind == "masks":
             return np.full(self.length, self.mask_token_id)
         if kind == "uniform":
-            return self._any(self.length, random)
-        return noised(answer, self.noise, self._any(len(answer), random), random)
-
-    def _any(self, count: int, random: np.random.Generator) -> np.ndarray:
-        allowed = np.setdiff1d(np.arange(self.vocabulary), self.reserved)
-        return allowed[random.integers(len(allowed), size=count)]
+            allowed = np.setdiff1d(np.arange(self.vocabulary), self.reserved)
+            return allowed[random.integers(len(allowed), size=self.length)]
+        text = np.flatnonzero(~np.isin(answer, self.reserved))
+        if kind == "empty" or not len(text):
+            return answer[:0]
+        draft = answer[: text[-1] + 1]
+        return noised(draft, self.noise, others[random.integers(len(others), size=len(draft))], random)
 
 
 def noised(tokens: np.ndarray, share: float, others: np.ndarray, random: np.random.Generator) -> np.ndarray:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.sampling.config import SamplerConfig
@@ -34,16 +34,24 @@ class Speed:
     """Tokens written per second, over all rows."""
 
 
-def measure(lm: DiffusionLM, config: SamplerConfig, prompts: Sequence[Sequence[int]], rounds: int = 3) -> Speed:
-    """Measures a sampler on prompts that are denoised as one batch.
+def measure(
+    lm: DiffusionLM,
+    config: SamplerConfig,
+    prompts: Sequence[Sequence[int]],
+    rounds: int = 3,
+    max_rows: int | None = None,
+) -> Speed:
+    """Measures a sampler on prompts.
 
     Args:
         lm: the model.
         config: the settings. Give a seed, or every round has its own tokens.
         prompts: token ids.
         rounds: how often run and replay take turns, after one turn that isn't counted.
+        max_rows: most prompts that are denoised together; None: all.
     """
-    sampler = Sampler(lm, config)
+    sampler = Sampler(lm, config, max_rows)
+    record, replay = (_record, _replay) if lm.spec.edit_heads is None else (_record_edits, _replay_edits)
     walls, bares, output = [], [], None
     for _ in range(rounds + 1):
         _wait(lm)
@@ -51,7 +59,7 @@ def measure(lm: DiffusionLM, config: SamplerConfig, prompts: Sequence[Sequence[i
         output = sampler.sample(prompts)
         _wait(lm)
         walls.append(time.perf_counter() - began)
-        bares.append(_replay(lm, _record(lm, sampler, prompts)))
+        bares.append(replay(lm, record(lm, sampler, prompts)))
     tokens = sum(map(len, output.sequences)) - sum(map(len, prompts))
     wall, bare = min(walls[1:]), min(bares[1:])
     return Speed(
@@ -97,6 +105,54 @@ def _replay(lm: DiffusionLM, calls: list[tuple]) -> float:
             for layer in cache.layers:
                 layer.current = window
         lm.module(*arguments, cache)
+    _wait(lm)
+    return time.perf_counter() - began
+
+
+@dataclass
+class _EditForward:
+    """What a model that edits was asked in one step."""
+
+    ids: Tensor
+    mask: Tensor | None
+    t: Tensor
+    asked: tuple[Tensor, Tensor] | None = None
+    """Hidden states whose tokens were wanted, and which of these were insertions."""
+
+
+def _record_edits(lm: DiffusionLM, sampler: Sampler, prompts: Sequence[Sequence[int]]) -> list[_EditForward]:
+    module, heads, calls = lm.module, lm.module.heads, []
+    hidden, at_time, tokens = module.hidden, heads.at_time, module.tokens
+
+    def note_hidden(ids, mask=None):
+        calls.append(_EditForward(ids, mask, ids))
+        return hidden(ids, mask)
+
+    def note_time(hidden_BTH, t_B):
+        calls[-1].t = t_B
+        return at_time(hidden_BTH, t_B)
+
+    def note_tokens(hidden_NH, inserted_N):
+        calls[-1].asked = (hidden_NH, inserted_N)
+        return tokens(hidden_NH, inserted_N)
+
+    module.hidden, heads.at_time, module.tokens = note_hidden, note_time, note_tokens
+    try:
+        sampler.sample(prompts)
+    finally:
+        del module.hidden, heads.at_time, module.tokens  # the classes' own show again
+    return calls
+
+
+@torch.inference_mode()
+def _replay_edits(lm: DiffusionLM, calls: list[_EditForward]) -> float:
+    module, heads = lm.module, lm.module.heads
+    _wait(lm)
+    began = time.perf_counter()
+    for call in calls:
+        heads.rates_of(heads.at_time(module.hidden(call.ids, call.mask), call.t), lm.spec.shift_logits)
+        if call.asked is not None:
+            module.tokens(*call.asked)
     _wait(lm)
     return time.perf_counter() - began
 

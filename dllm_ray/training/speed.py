@@ -23,6 +23,7 @@ from dllm_ray.data.tokenize import TokenRows
 from dllm_ray.models.config import LoRAConfig, ModelConfig
 from dllm_ray.models.load import open_model
 from dllm_ray.models.spec import IGNORE_INDEX
+from dllm_ray.models.vocabulary import rows_needed
 from dllm_ray.objectives import Part, build
 from dllm_ray.objectives.config import ObjectiveConfig
 from dllm_ray.sampling.config import SamplerConfig
@@ -83,6 +84,7 @@ def under_ray(work: Workload, prepared: Prepared) -> Reading:
         lora=work.lora,
         tokenizer=work.tokenizer,
         objective=work.objective,
+        vocabulary=rows_needed(work.tokenizer),
         train=replace(work.train, checkpoint_every=steps, log_every=CHUNK),  # nothing but steps in between
         sampler=SamplerConfig(),
         look_every=None,

@@ -119,10 +119,22 @@ def test_pairs_begin_and_end_with_what_they_should(seed, kind, longest):
         alone = align(answer, own[start:])
         width = len(alone[0])
         assert z0[start : start + width].tolist() == alone[0].tolist()
+    if kind == "noised":
+        return
     part = {name: array[2:4] for name, array in batch.items()}
     again = pairs(part, step=1, first=2)
     width = min(again["z0"].shape[1], made["z0"].shape[1])
     assert np.array_equal(again["z0"][:, :width], made["z0"][2:4, :width])
+
+
+def test_a_noised_copy_has_no_end_and_its_mistakes_are_tokens_of_the_batch():
+    pairs = EditPairs(("noised",), 5, 1.0, 0, (0, 1, 2), None, 1, None, 0)
+    ids = np.array([[1, 11, 12, 13, 14, 15, 16, 2]] * 50 + [[1, 21, 22, 23, 24, 25, 26, 2]] * 50)
+    labels = np.where(ids > 11, ids, IGNORE_INDEX)
+    labels[:, -1] = 2
+    z0 = pairs({"input_ids": ids, "labels": labels}, step=0)["z0"]
+    left = set(z0[:50][z0[:50] != BLANK].tolist())
+    assert left & {22, 23, 24, 25, 26} and 2 not in left and left <= set(ids.flatten().tolist())
 
 
 def test_a_document_begins_with_a_token_that_stays():
@@ -163,7 +175,7 @@ def test_settings_that_can_not_be(make_lm):
     with pytest.raises(ConfigError, match="no effect on mdlm"):
         MDLM(SPEC, kappa="linear")
     with pytest.raises(ConfigError, match="vocabulary"):
-        EditFlow(SPEC, x0=("noised",))
+        EditFlow(SPEC, x0=("uniform",))
     with pytest.raises(ConfigError, match="only edit_flow trains"):
         build(ObjectiveConfig(), edit_heads.attach(make_lm("bert")).spec)
     assert build(ObjectiveConfig("edit_flow"), SPEC).config.norm == "sequence"

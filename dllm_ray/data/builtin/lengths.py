@@ -1,24 +1,25 @@
-"""`builtin:lengths`: answers of 1 to 12 digits, whose length has to be found out, and drafts of them with mistakes.
+"""`builtin:lengths`: answers of 1 to 12 letters, whose number has to be found out, and drafts of them with mistakes.
 
-Three tasks: copy a number; double each of its digits; leave its even digits out. Digits are single tokens, so a sampler
-with a fixed canvas has to end its text early, and one that edits has to insert as many as are wanted.
+Two tasks: put letters in order; name those between two others. A letter is one token and occurs once, so a sampler with
+a fixed canvas has to end its text early, and one that edits has to insert as many as are wanted, each in its place.
 """
 
 import random
+import string
 import zlib
 from collections.abc import Iterator
 
-TASKS = ("copy", "double", "odd")
+TASKS = ("sort", "between")
 
-_DIGITS = "0123456789"
-_LONGEST = {"copy": 12, "double": 6, "odd": 12}
+_LETTERS = string.ascii_lowercase
+_LONGEST = 12
 _MISTAKES = 0.3
-_HELD_OUT = 5  # one number in this many belongs to the test split
+_HELD_OUT = 5  # one question in this many belongs to the test split
 
 
 def rows(split: str, start: int, stop: int, seed: int = 0) -> Iterator[dict[str, str]]:
     """Rows `start` to `stop` of an endless data set: `prompt`, `response`, `task`, and `draft`, the response with 30 %
-    of its digits replaced, dropped or doubled. No number is in both splits.
+    of its letters replaced, dropped or doubled. No question is in both splits.
 
     Args:
         split: `train` or `test`.
@@ -29,34 +30,44 @@ def rows(split: str, start: int, stop: int, seed: int = 0) -> Iterator[dict[str,
         draw = random.Random(f"lengths/{seed}/{split}/{index}")
         task = TASKS[index % len(TASKS)]
         while True:
-            number = "".join(draw.choices(_DIGITS, k=draw.randint(1, _LONGEST[task])))
-            held_out = zlib.crc32(number.encode()) % _HELD_OUT == 0
-            answer = _answer(task, number)
-            if held_out == (split == "test") and answer:
+            question = " ".join((task, *_given(task, draw)))
+            held_out = zlib.crc32(question.encode()) % _HELD_OUT == 0
+            if held_out == (split == "test"):
                 break
+        answer = _answer(question)
         yield {
-            "prompt": f"{task} {number}",
-            "response": answer,
+            "prompt": question,
+            "response": " ".join(answer),
             "task": task,
-            "draft": "".join(_mistaken(digit, draw) for digit in answer),
+            "draft": " ".join(letter for right in answer for letter in _mistaken(right, draw)),
         }
 
 
 def is_correct(prompt: str, answer: str) -> bool:
-    """Whether `answer` is right for a prompt of this task; surrounding blanks don't count."""
-    task, _, number = prompt.partition(" ")
-    return task in TASKS and answer.strip() == _answer(task, number)
+    """Whether `answer` is right for a prompt of this task; blanks beyond one between letters don't count."""
+    words = prompt.split()
+    if not words or words[0] not in TASKS or not set(words[1:]) <= set(_LETTERS):
+        return False
+    return answer.split() == _answer(prompt)
 
 
-def _answer(task: str, number: str) -> str:
-    if task == "copy":
-        return number
-    if task == "double":
-        return "".join(digit + digit for digit in number)
-    return "".join(digit for digit in number if digit in "13579")
+def _given(task: str, draw: random.Random) -> list[str]:
+    if task == "sort":
+        return draw.sample(_LETTERS, draw.randint(1, _LONGEST))
+    count = draw.randint(1, _LONGEST)
+    first = draw.randrange(len(_LETTERS) - count - 1)
+    return [_LETTERS[first], _LETTERS[first + count + 1]]
 
 
-def _mistaken(digit: str, draw: random.Random) -> str:
+def _answer(question: str) -> list[str]:
+    task, *letters = question.split()
+    if task == "sort":
+        return sorted(letters)
+    first, last = (_LETTERS.index(letter) for letter in (letters[0], letters[-1]))
+    return list(_LETTERS[first + 1 : last])
+
+
+def _mistaken(letter: str, draw: random.Random) -> list[str]:
     if draw.random() >= _MISTAKES:
-        return digit
-    return draw.choice((draw.choice(_DIGITS), "", digit + digit))
+        return [letter]
+    return draw.choice(([draw.choice(_LETTERS)], [], [letter, letter]))
