@@ -18,7 +18,7 @@ _WIDTH = 12
 _BLOCK = 4
 _VOCABULARY = 64
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_DIFFERENT = 1e-6
+_DIFFERENT = 1e-6  # of the largest logit
 _SAME = 1e-4
 _SAME_PLACES = 1e-5
 
@@ -202,8 +202,9 @@ def influence(module: LogitsModule, ids: Tensor, mask: Tensor | None) -> Tensor:
     changed.fill_diagonal_(0)
     changed += torch.diag((ids[0] + 1).remainder(vocabulary))
     with torch.no_grad():
-        difference = (module(changed, mask) - module(ids, mask)).abs().amax(dim=-1)  # [changed token, logits of]
-    return difference.T > _DIFFERENT
+        logits = module(ids.repeat(width, 1), mask)  # batches of another shape may be rounded in another way
+        difference = (module(changed, mask) - logits).abs().amax(dim=-1)  # [changed token, logits of]
+    return difference.T > _DIFFERENT * logits.abs().max()
 
 
 def _causal(model) -> ModelError:

@@ -971,7 +971,8 @@ act({str(big)!r}, Path({str(tmp_path / "made")!r}))
 print((kilobytes("VmHWM") - before) * 1024)
 """
     variables = os.environ | environment
-    done = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     ratio = int(done.stdout.split()[-1]) / sum(file.stat().st_size for file in big.glob("*.safetensors"))
     print(f"{action} on {big.name}: peak of {ratio:.3f} of the checkpoint")
     return ratio

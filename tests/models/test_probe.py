@@ -324,3 +324,15 @@ def test_parameters_that_no_logits_come_from_are_named(make_lm):
     assert probe.unused_parameters(make_lm("qwen3").model) == []
     pooler = ["bert.pooler.bias", "bert.pooler.weight"]
     assert sorted(probe.unused_parameters(make_lm("big_bird").model)) == pooler
+
+
+class Rounded(Mixer):
+    """Rounds batches of every size in another way, as kernels of some processors do."""
+
+    def forward(self, input_ids, attention_mask=None):
+        return super().forward(input_ids, attention_mask) * (1 + 3e-7 * len(input_ids))
+
+
+def test_rounding_that_depends_on_the_shape_of_a_batch_is_no_influence():
+    seen = probe.influence(Rounded(torch.eye(6)), torch.arange(6).unsqueeze(0), None)
+    assert torch.equal(seen, torch.eye(6, dtype=torch.bool))
