@@ -30,7 +30,7 @@ from dllm_ray.sampling.output import SampleOutput
 if TYPE_CHECKING:
     from dllm_ray.sampling.sampler import Sampler
 
-ANSWER_COLUMNS = ("completion", "completion_tokens", "nfe", "tpf", "seed")
+ANSWER_COLUMNS = ("completion", "completion_tokens", "nfe", "tpf", "seed", "sequence")
 """What `answer_columns` tells."""
 
 _BEGINNING = b'{"key":{'  # of the file of a store
@@ -48,7 +48,7 @@ class Answer:
     ended: bool
     """Whether an end-of-text token ended it; else it ran to its limit."""
     whole: list[int] | None = None
-    """The whole text, where filled gaps have lengths of their own (models that edit)."""
+    """The whole text, where `needs_whole` says so."""
 
 
 class AnswerStore:
@@ -277,6 +277,11 @@ def canvases(
     return sampler.canvases(prompts, infill)
 
 
+def needs_whole(spec: DiffusionSpec, config: SamplerConfig, infill: bool) -> bool:
+    """Whether an answer alone doesn't tell the text: gaps have lengths of their own, or prompts are edited too."""
+    return spec.edit_heads is not None and (infill or config.edit_prompt)
+
+
 def ended_by_stop(prompts: Sequence[Sequence[int]], output: SampleOutput, stop_token_ids: Iterable[int]) -> list[bool]:
     """Whether an end-of-text token ended each answer of a call; else it ran to its limit, or to where its model had
     nothing more to write."""
@@ -285,7 +290,8 @@ def ended_by_stop(prompts: Sequence[Sequence[int]], output: SampleOutput, stop_t
     def ended(prompt: Sequence[int], completion: list[int], sequence: list[int]) -> bool:
         if sequence[: len(prompt)] != list(prompt):  # it was edited too, and may have another length now
             return sequence[len(sequence) - len(completion) :] != completion and not stops.isdisjoint(sequence)
-        end = len(prompt) + len(completion)
+        added = not prompt and sequence[: len(completion)] != completion  # a beginning, where there was none
+        end = len(prompt) + added + len(completion)
         return end < len(sequence) and sequence[end] in stops
 
     return [*map(ended, prompts, output.completions, output.sequences)]
@@ -318,10 +324,13 @@ def answer_columns(
         spec: of the model.
         answer: what was written.
         seed: the row's.
-        gaps: the token ids whose masks the answer fills; the text is then the whole one. None: it follows its prompt.
+        gaps: the token ids whose masks the answer fills; the text is then the whole one. None: it follows its prompt;
+            where that was edited too, a column `sequence` tells both.
     """
+    more = {}
     if gaps is None:
         text = chat.decode(tokenizer, answer.tokens, spec.eot_text)
+        more = {} if answer.whole is None else {"sequence": chat.decode(tokenizer, answer.whole)}
     elif answer.whole is not None:
         text = chat.decode(tokenizer, answer.whole)
     else:
@@ -333,6 +342,7 @@ def answer_columns(
         "nfe": answer.nfe,
         "tpf": len(answer.tokens) / max(answer.nfe, 1),
         "seed": seed,
+        **more,
     }
 
 

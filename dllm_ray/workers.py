@@ -28,6 +28,7 @@ from dllm_ray.answers import (
     base_seed,
     canvases,
     ended_by_stop,
+    needs_whole,
     require_free_columns,
     write,
 )
@@ -369,7 +370,7 @@ def _sample(
     sampler = Sampler(lm, config)
     output = write(sampler, prompts, seeds, infill, drafts)
     ended = ended_by_stop(prompts, output, lm.spec.stop_token_ids)
-    if not (infill and sampler.edits):
+    if not needs_whole(lm.spec, config, infill):
         output = replace(output, sequences=[])  # which nobody has a use for
     return output, ended
 

@@ -7,8 +7,9 @@
 
 A source of prompts has a column `prompt`, `question`, `instruction` or `messages` (with --infill: `infill` or `text`;
 with --edit also `draft`). It is answered by Ray workers, in order, into OUTPUT_DIR/samples.jsonl, with a summary.json
-beside it; rows keep their other columns. When such a run is killed, the same command goes on where it was. A single
---prompt is answered in this process, without Ray.
+beside it; rows keep their other columns, and where all have a text `response`, the summary says how many answers equal
+it. When such a run is killed, the same command goes on where it was. A single --prompt is answered in this process,
+without Ray.
 """
 
 import json
@@ -232,7 +233,7 @@ def _answer_here(work: Work) -> None:
     """Answers one prompt in this process."""
     import torch
 
-    from dllm_ray.answers import Answer, ended_by_stop
+    from dllm_ray.answers import Answer, ended_by_stop, needs_whole
     from dllm_ray.models.load import open_model
     from dllm_ray.sampling.sampler import row_seeds
 
@@ -244,7 +245,7 @@ def _answer_here(work: Work) -> None:
         ended = ended_by_stop(work.prompts, output, work.spec.stop_token_ids)
         path = work.output_dir / SAMPLES
         (work.output_dir / SUMMARY).unlink(missing_ok=True)  # from here on it would tell of other answers
-        wholes = output.sequences if job.infill and work.spec.edit_heads is not None else [None]
+        wholes = output.sequences if needs_whole(work.spec, job.sampler, job.infill) else [None]
         _write(work, path, map(Answer, output.completions, output.row_nfe, ended, wholes), seeds)
         figures = output.figures()
         run.log({f"sampler/{name}": value for name, value in figures.items()})
@@ -400,7 +401,8 @@ def _write(work: Work, path: Path, answers: Iterable, seeds: Sequence[int]) -> d
     from dllm_ray import chat
     from dllm_ray.answers import answer_columns
 
-    tokens = nfe = ended = 0
+    tokens = nfe = ended = right = 0
+    solved = not work.job.infill and all(isinstance(given.get("response"), str) for given in work.given)
     eot_text = work.spec.eot_text
     with complete_file(path) as file:
         for given, prompt, answer, seed in zip(work.given, work.prompts, answers, seeds, strict=True):
@@ -412,6 +414,7 @@ def _write(work: Work, path: Path, answers: Iterable, seeds: Sequence[int]) -> d
             # where no single token ends an answer, a text may
             cut = eot_text is not None and chat.decode(work.tokenizer, answer.tokens).rstrip() != row["completion"]
             ended += answer.ended or cut
+            right += solved and row["completion"].strip() == given["response"].strip()
     figures = {
         "prompts": len(work.prompts),
         "tokens": tokens,
@@ -419,6 +422,8 @@ def _write(work: Work, path: Path, answers: Iterable, seeds: Sequence[int]) -> d
         "nfe": nfe,
         "tpf": tokens / max(nfe, 1),
     }
+    if solved:
+        figures["exact_match"] = right / len(work.prompts)
     return figures if work.job.infill else figures | {"ended": ended, "at_limit": len(work.prompts) - ended}
 
 

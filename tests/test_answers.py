@@ -236,7 +236,9 @@ def test_an_answer_as_columns_of_a_row(make_lm, tokenizer):
     tokens = tokenizer.encode("sort", add_special_tokens=False)
     answer = Answer(tokens, 2, True)
     columns = answer_columns(tokenizer, spec, answer, 7)
-    assert tuple(columns) == ANSWER_COLUMNS
+    assert (*columns, "sequence") == ANSWER_COLUMNS
+    whole = answer_columns(tokenizer, spec, Answer(tokens, 2, True, [*tokens, *tokens]), 7)
+    assert whole == {**columns, "sequence": "sortsort"}
     assert columns["completion"] == "sort"
     assert (columns["completion_tokens"], columns["nfe"], columns["seed"]) == (len(tokens), 2, 7)
     assert columns["tpf"] == len(tokens) / 2

@@ -152,6 +152,8 @@ def to_original(path: str, directory: Path, shard_bytes: int = 4 << 30, on_progr
             f"{path}: is no converted checkpoint of a published family: its own layout, that of transformers' {kind}, "
             "is the only one it has"
         )
+    if blueprint.edit_heads is not None and family.edit_heads is None:
+        raise ModelError(f"{path}: has edit heads, for which the published layout of {family.name} has no place")
     _check_can_be_said(path, blueprint, original)
     skeleton = blueprint.skeleton()
     state = _direct(checkpoint, blueprint, skeleton)

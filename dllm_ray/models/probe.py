@@ -204,7 +204,8 @@ def influence(module: LogitsModule, ids: Tensor, mask: Tensor | None) -> Tensor:
     with torch.no_grad():
         logits = module(ids.repeat(width, 1), mask)  # batches of another shape may be rounded in another way
         difference = (module(changed, mask) - logits).abs().amax(dim=-1)  # [changed token, logits of]
-    return difference.T > _DIFFERENT * logits.abs().max()
+        least = _DIFFERENT * logits.abs().max()
+    return least < difference.T
 
 
 def _causal(model) -> ModelError:

@@ -121,7 +121,8 @@ class EditFlow:
         rows = len(batch["input_ids"])
         part = part or Part(0, rows)
         if "z0" not in batch:
-            step = int(torch.randint(2**31, (), generator=generator))
+            device = "cpu" if generator is None else generator.device
+            step = int(torch.randint(2**31, (), generator=generator, device=device))
             arrays = {name: tensor.cpu().numpy() for name, tensor in batch.items()}
             batch = {name: torch.from_numpy(array) for name, array in self.pairs(arrays, step, part.start).items()}
         z0, z1 = batch["z0"], batch["z1"]
@@ -161,7 +162,10 @@ class EditFlow:
         log_E = substitutes.new_zeros(len(place_E))
         log_E = log_E.masked_scatter(substituted_E, substitutes).masked_scatter(inserted_E, inserts)
         nll_B = edits.negative_log_likelihood(rates_BT3, valid_BT, left, log_E)
-        weighted_B = edit_rate(self.schedule, noisy.t).clamp(max=self.config.max_weight) * nll_B * noisy.counted
+        weight_B = edit_rate(self.schedule, noisy.t)
+        if self.config.max_weight is not None:
+            weight_B = weight_B.clamp(max=self.config.max_weight)
+        weighted_B = weight_B * nll_B * noisy.counted
         numerator = (weighted_B / noisy.lengths).sum() if self.config.norm == "sequence" else weighted_B.sum()
         denominator = self.denominator(noisy) if denominator is None else denominator
         return LossResult(

@@ -17,7 +17,7 @@ from dllm_ray.objectives.alignment import BLANK, align
 class EditPairs:
     """Draws beginnings and aligns them.
 
-    A row's prompt, all before its first label, is the beginning of both sequences. A row without one gets a BOS.
+    What carries no label, such as the prompt, stays as it is. A row that begins with a label gets a BOS.
     """
 
     x0: Sequence[str]
@@ -33,7 +33,7 @@ class EditPairs:
     mask_token_id: int | None
     bos_token_id: int
     longest: int | None
-    """Most tokens that a sequence may have on its way; beginnings are cut so that none has more."""
+    """Most tokens that a sequence may have on its way; beginnings are cut where one could have more."""
     seed: int
 
     def __call__(self, arrays: Mapping[str, np.ndarray], step: int, first: int = 0) -> dict[str, np.ndarray]:
@@ -69,19 +69,26 @@ class EditPairs:
     ) -> tuple[np.ndarray, np.ndarray]:
         if not len(labelled):  # filler of a batch, or a row that teaches nothing
             return x1, x1
-        start = int(labelled[0])
-        if start == 0:
+        is_answer = np.zeros(len(x1), np.bool_)
+        is_answer[labelled] = True
+        if is_answer[0]:
             if x1[0] != self.bos_token_id:
-                x1 = np.concatenate([[self.bos_token_id], x1])
-            start = 1
-        x1 = x1[: self.longest]
-        prompt, answer = x1[:start], x1[start:]
-        x0 = self._beginning(answer, others, random)
-        if self.longest is not None:
-            x0 = x0[: self.longest - len(x1)]
-        # by itself: aligned together with the prompt, an insertion could land inside that, where samplers make none
-        z0, z1 = align(x0, answer)
-        return np.concatenate([prompt, z0]), np.concatenate([prompt, z1])
+                x1, is_answer = np.concatenate([[self.bos_token_id], x1]), np.concatenate([[False], is_answer])
+            is_answer[0] = False
+        x1, is_answer = x1[: self.longest], is_answer[: self.longest]
+        # each answer by itself: aligned together with what is given, an insertion could land inside that, where
+        # samplers make none
+        stretches = np.split(np.arange(len(x1)), np.flatnonzero(np.diff(is_answer)) + 1)
+        begun = [self._beginning(x1[own], others, random) if is_answer[own[0]] else x1[own] for own in stretches]
+        pairs = [align(x0, x1[own]) for x0, own in zip(begun, stretches, strict=True)]
+        room = None if self.longest is None else self.longest - len(x1)
+        if room is not None and sum(len(z0) for z0, _ in pairs) > self.longest:
+            for number, own in enumerate(stretches):
+                if is_answer[own[0]]:
+                    pairs[number] = align(begun[number][:room], x1[own])
+                    room -= min(room, len(begun[number]))
+        z0, z1 = (np.concatenate(side) for side in zip(*pairs, strict=True))
+        return z0, z1
 
     def _beginning(self, answer: np.ndarray, others: np.ndarray, random: np.random.Generator) -> np.ndarray:
         kind = self.x0[random.integers(len(self.x0))]

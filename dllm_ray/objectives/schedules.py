@@ -71,11 +71,13 @@ def unmask_probability(schedule: AlphaSchedule, t: Tensor, s: Tensor) -> Tensor:
 
 
 class KappaSchedule(Protocol):
-    """kappa(t) and its derivative, element by element."""
+    """kappa(t), its derivative and its inverse, element by element."""
 
     def kappa(self, t: Tensor) -> Tensor: ...
 
     def derivative(self, t: Tensor) -> Tensor: ...
+
+    def inverse(self, kappa: Tensor) -> Tensor: ...
 
 
 class LinearKappa:
@@ -87,6 +89,9 @@ class LinearKappa:
     def derivative(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
 
+    def inverse(self, kappa: Tensor) -> Tensor:
+        return kappa
+
 
 class CubicKappa:
     """kappa(t) = 2 t^3 - 3 t^2 + 2 t: as fast at both ends, slower in the middle."""
@@ -97,6 +102,10 @@ class CubicKappa:
     def derivative(self, t: Tensor) -> Tensor:
         return (6 * t - 6) * t + 2
 
+    def inverse(self, kappa: Tensor) -> Tensor:
+        # around the middle it is s^3 + s/4 = (kappa - 1/2) / 2, whose one real root Cardano gives
+        return 0.5 + torch.sinh(torch.asinh((kappa - 0.5) * 3 * math.sqrt(12)) / 3) / math.sqrt(3)
+
 
 class CosineKappa:
     """kappa(t) = 1 - cos(pi/2 t): slow at first."""
@@ -106,6 +115,9 @@ class CosineKappa:
 
     def derivative(self, t: Tensor) -> Tensor:
         return math.pi / 2 * torch.sin(math.pi / 2 * t)
+
+    def inverse(self, kappa: Tensor) -> Tensor:
+        return torch.acos(1 - kappa) * 2 / math.pi
 
 
 _KAPPAS: dict[str, KappaSchedule] = {"linear": LinearKappa(), "cubic": CubicKappa(), "cosine": CosineKappa()}
@@ -125,3 +137,9 @@ def kappa_schedule(name: str) -> KappaSchedule:
 def edit_rate(schedule: KappaSchedule, t: Tensor) -> Tensor:
     """w(t) = kappa'(t) / (1 - kappa(t)): how fast an edit that is still to come is made at time t."""
     return schedule.derivative(t) / (1 - schedule.kappa(t) + EPSILON)
+
+
+def edit_share(schedule: KappaSchedule, t: Tensor, s: Tensor) -> Tensor:
+    """The share of edits still to come at time t that are made by the later time s: (kappa(s) - kappa(t)) /
+    (1 - kappa(t)). For short steps and the linear schedule it is w(t) (s - t)."""
+    return (schedule.kappa(s) - schedule.kappa(t)) / (1 - schedule.kappa(t) + EPSILON)

@@ -40,8 +40,9 @@ class Row:
     """The caller's name for the row."""
     longest: int | None = None
     """Most tokens that the row may come to have, where the model edits; None: it keeps its length."""
-    gates: tuple[int, ...] = ()
-    """Tokens that stay, but behind which a model that edits may begin an answer."""
+    gates: tuple[tuple[int, int], ...] = ()
+    """Where a model that edits may begin to write: positions of tokens that are never deleted, from left to right, each
+    with the most tokens that may come to stand behind it before the next token that stays."""
 
 
 @dataclass

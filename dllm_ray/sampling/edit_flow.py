@@ -2,16 +2,18 @@
 al., arXiv 2506.09018, sampled by tau-leaping).
 
 Rows of different and changing length share a batch; the interface is that of `engine.Engine`. Time runs from 0 to 1 in
-steps, in each of which a row's edits happen with probability rate * w(t) * tau. Where rates depend on the sequence
-alone, a row's coming steps follow from one forward up to the one in which something happens: it goes there at once, and
-is done where nothing happens any more. Draws come from the row's seed, step and position, so its text is the same
-whatever else is in the batch.
+steps, in each of which a row's edits happen with probability rate * share: the share that the schedule makes in the
+step of what is left to do, w(t) * tau if it is short. Where rates depend on the sequence alone, a row's coming steps
+follow from one forward up to the one in which something happens: it goes there at once, and is done where nothing
+happens any more. Draws come from the row's seed, step and position, so its text is the same whatever else is in the
+batch.
 
 Shapes: R rows, T positions, S steps, N edits with a token.
 """
 
 import dataclasses
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Integral
 
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from dllm_ray.errors import ConfigError, ModelError
 from dllm_ray.models.lm import DiffusionLM
-from dllm_ray.objectives.schedules import edit_rate, kappa_schedule
+from dllm_ray.objectives.schedules import KappaSchedule, edit_share, kappa_schedule
 from dllm_ray.sampling.batch import Row
 from dllm_ray.sampling.config import KAPPAS, SamplerConfig
 from dllm_ray.sampling.engine import Commit, Edit, Finished
@@ -30,7 +32,7 @@ from dllm_ray.sampling.proposals import Rules, propose, suppress
 
 _HONOURED = frozenset(
     ("max_new_tokens", "max_length", "steps", "temperature", "top_p", "top_k", "suppress_tokens", "eos_penalty")
-    + ("eos_early_stop", "shift_logits", "seed", "kappa", "start_tokens", "edit_prompt", "edit_probability")
+    + ("seed", "kappa", "start_tokens", "edit_prompt", "edit_probability")
 )
 _SUREST = 1 - 1e-6  # probability of an edit in one step
 _END = 1 - 1e-9  # of time
@@ -49,8 +51,6 @@ def check_settings(config: SamplerConfig) -> None:
         value = getattr(config, item.name)
         if item.name not in _HONOURED and value != getattr(defaults, item.name):
             raise ConfigError(f"{value!r} has no meaning for a model that edits: leave it out", item.name)
-    if config.shift_logits is not None:
-        raise ConfigError("edit heads read where they were trained to: leave it out", "shift_logits")
 
 
 @dataclass
@@ -254,8 +254,7 @@ class EditEngine:
             share_N = rates_RT3[row_N, column_N, 1] / (gives_way_RT[row_N, column_N] + 1e-8)
             happened_RT3[row_N, column_N, 1] = state.draws(row_N, column_N, DELETE) < share_N
             happened_RT3[:, :, 0] &= ~happened_RT3[:, :, 1]
-        rank_RT = happened_RT3[:, :, 2].cumsum(axis=1)
-        happened_RT3[:, :, 2] &= rank_RT <= (state.longest - state.length)[:, None]
+        happened_RT3[:, :, 2] &= state.fits(happened_RT3[:, :, 2])
         return happened_RT3
 
     def _tokens(self, hidden_RTH: Tensor, happened_RT3: np.ndarray) -> "_Tokens":
@@ -338,7 +337,7 @@ class EditEngine:
             item.row.key,
             state.text(number).tolist(),
             int(state.nfe[number]),
-            answer=state.answer[number, :length].tolist(),
+            answer=(state.part[number, :length] > 0).tolist(),
             history=history,
         )
 
@@ -369,12 +368,14 @@ class _State:
     open: np.ndarray
     """Tokens that may give way."""
     gate: np.ndarray
-    """Tokens that stay, but behind which the answer may begin."""
-    answer: np.ndarray
-    """Tokens of the answer."""
+    """Number of the part of the answer that may begin behind a token, from 1; 0: none. Such tokens are not deleted."""
+    part: np.ndarray
+    """Number of the part of the answer that a token belongs to; 0: none."""
     length: np.ndarray
     """[R], as all that follows."""
     longest: np.ndarray
+    most: np.ndarray
+    """[R, P] tokens that each part may have; part 0 is bounded by `longest` alone."""
     seed: np.ndarray
     step: np.ndarray
     """Steps done."""
@@ -392,23 +393,26 @@ class _State:
     def of(cls, rows: list[Row], pad: int) -> "_State":
         """The state of rows that come."""
         width = max((len(row.tokens) for row in rows), default=1)
-        grids = {name: np.zeros((len(rows), width), np.bool_) for name in ("open", "gate", "answer")}
+        parts = max((len(row.gates) for row in rows), default=0) + 1
         canvas = np.full((len(rows), width), pad, np.int64)
+        is_open, gate = np.zeros((len(rows), width), np.bool_), np.zeros((len(rows), width), np.int64)
+        most = np.full((len(rows), parts), np.iinfo(np.int64).max)
         for number, row in enumerate(rows):
-            length, is_open = len(row.tokens), np.array(row.open)
-            canvas[number, :length] = row.tokens
-            place = np.arange(length)
-            gate = np.isin(place, row.gates)
-            answer = is_open & (place > min(row.gates, default=0))
-            for name, values in (("open", is_open), ("gate", gate), ("answer", answer)):
-                grids[name][number, :length] = values
+            canvas[number, : len(row.tokens)] = row.tokens
+            is_open[number, : len(row.tokens)] = row.open
+            for part, (place, room) in enumerate(row.gates, start=1):
+                gate[number, place], most[number, part] = part, room
+        begun = np.maximum.accumulate(np.pad(gate[:, :-1], ((0, 0), (1, 0))), axis=1)  # by gates further left
         configs = [row.config for row in rows]
         return cls(
             pad=pad,
             canvas=canvas,
-            **grids,
+            open=is_open,
+            gate=gate,
+            part=np.where(is_open, begun, 0),
             length=np.array([len(row.tokens) for row in rows], np.int64),
             longest=np.array([row.longest or len(row.tokens) for row in rows], np.int64),
+            most=most,
             seed=np.array([row.seed for row in rows], np.int64),
             step=np.zeros(len(rows), np.int64),
             time=np.zeros(len(rows), np.float64),
@@ -428,10 +432,30 @@ class _State:
 
     def may(self) -> np.ndarray:
         """[R, T, 3] bool: where there may be substitutions, deletions, insertions."""
-        valid, room = self.valid(), (self.length < self.longest)[:, None]
-        return np.stack(
-            [self.open & valid, self.open & ~self.gate & valid, (self.open | self.gate) & valid & room], axis=2
-        )
+        valid, is_gate = self.valid(), self.gate > 0
+        room = (self.length < self.longest)[:, None]
+        room = room & np.take_along_axis(self._room() > 0, np.where(is_gate, self.gate, self.part), axis=1)
+        return np.stack([self.open & valid, self.open & ~is_gate & valid, (self.open | is_gate) & valid & room], axis=2)
+
+    def fits(self, inserted_RT: np.ndarray) -> np.ndarray:
+        """[R, T] bool: which insertions have room, the first in each part of the answer and in the row."""
+        row_N, column_N = inserted_RT.nonzero()
+        part_N = np.where(self.gate > 0, self.gate, self.part)[row_N, column_N]
+        key_N = row_N * self.most.shape[1] + part_N
+        order = np.argsort(key_N, kind="stable")
+        _, first, inverse = np.unique(key_N[order], return_index=True, return_inverse=True)
+        rank_N = np.empty(len(key_N), np.int64)
+        rank_N[order] = np.arange(len(key_N)) - first[inverse]
+        kept_RT = np.zeros(inserted_RT.shape, np.bool_)
+        kept_RT[row_N, column_N] = rank_N < self._room()[row_N, part_N]
+        return kept_RT & (kept_RT.cumsum(axis=1) <= (self.longest - self.length)[:, None])
+
+    def _room(self) -> np.ndarray:
+        """[R, P] tokens that may still come to each part."""
+        rows, parts = self.most.shape
+        key_RT = np.arange(rows)[:, None] * parts + self.part
+        count = np.bincount(key_RT[self.valid()], minlength=rows * parts).reshape(rows, parts)
+        return self.most - count
 
     def draws(self, row_N: np.ndarray, column_N: np.ndarray, stream: int) -> np.ndarray:
         """[N] uniform random numbers of the step that the rows' clocks have just passed."""
@@ -442,30 +466,32 @@ class _State:
         """The next steps of some rows, as long as their rates stay what they are.
 
         Returns:
-            [P, count] each: number of the step; w(t) * tau, 0 after the end; time after it.
+            [P, count] each: number of the step; share of what is left that is made in it; time after it.
         """
         time, even = self.time[rows], 1 / self.steps[rows]
         numbers = self.step[rows, None] + np.arange(count)
         shares, times = np.zeros((2, len(rows), count))
+        adaptive = self.probability[rows] > 0
         for number in range(count):
-            rate = self._rate(rows, time)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                tau = np.maximum(even, self.probability[rows] / (rate * fastest_P))
-            tau = np.minimum(np.where(fastest_P > 0, tau, 1.0), 1 - time)
-            after = np.where(
-                self.probability[rows] > 0, time + tau, np.minimum(numbers[:, number] + 1, self.steps[rows]) * even
-            )
-            shares[:, number] = rate * (after - time)
-            time = times[:, number] = np.where(after >= _END, 1.0, after)
+            after = np.minimum(numbers[:, number] + 1, self.steps[rows]) * even
+            if adaptive.any():
+                surest = np.divide(
+                    self.probability[rows], fastest_P, out=np.ones(len(rows)), where=fastest_P > self.probability[rows]
+                )
+                after = np.where(adaptive, np.maximum(time + even, self._by_kappa(rows, _after, time, surest)), after)
+            after = np.where(after >= _END, 1.0, after)
+            shares[:, number] = self._by_kappa(rows, edit_share, time, after)
+            time = times[:, number] = after
         return numbers, shares, times
 
-    def _rate(self, rows: np.ndarray, time: np.ndarray) -> np.ndarray:
-        """[P] w(t)."""
+    def _by_kappa(self, rows: np.ndarray, function: Callable[..., Tensor], *arguments: np.ndarray) -> np.ndarray:
+        """[P] what a function of a schedule and numbers gives for some rows' own."""
         found = np.zeros(len(rows))
         for number, name in enumerate(KAPPAS):
             members = self.kappa[rows] == number
             if members.any():
-                found[members] = edit_rate(kappa_schedule(name), torch.from_numpy(time[members])).numpy()
+                numbers = (torch.from_numpy(argument[members]) for argument in arguments)
+                found[members] = function(kappa_schedule(name), *numbers).numpy()
         return found
 
     def apply(self, happened_RT3: np.ndarray, tokens: _Tokens) -> np.ndarray:
@@ -484,12 +510,12 @@ class _State:
         of_new = {
             "canvas": tokens.token[tokens.inserted],
             "open": True,
-            "gate": False,
-            "answer": self.answer[behind] | self.gate[behind],
+            "gate": 0,
+            "part": np.where(self.gate[behind] > 0, self.gate[behind], self.part[behind]),
         }
         for name, values in of_new.items():
             old = getattr(self, name)
-            grid = np.full(shape, self.pad if name == "canvas" else False, old.dtype)
+            grid = np.full(shape, self.pad if name == "canvas" else 0, old.dtype)
             grid[row, start[row, column]] = old[row, column]
             grid[new_row, new_place] = values
             setattr(self, name, grid)
@@ -497,12 +523,12 @@ class _State:
 
     def joined(self, other: "_State") -> "_State":
         """The state of these rows and further ones."""
-        width = max(self.canvas.shape[1], other.canvas.shape[1])
 
         def both(name: str) -> np.ndarray:
             parts = [getattr(self, name), getattr(other, name)]
-            if name in _GRIDS:
-                fill = self.pad if name == "canvas" else False
+            if parts[0].ndim == 2:
+                width = max(part.shape[1] for part in parts)
+                fill = {"canvas": self.pad, "most": np.iinfo(np.int64).max}.get(name, 0)
                 parts = [np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=fill) for part in parts]
             return np.concatenate(parts)
 
@@ -515,5 +541,11 @@ class _State:
         return _State(self.pad, **{name: grids.get(name, getattr(self, name)[stays_R]) for name in _ARRAYS})
 
 
-_GRIDS = ("canvas", "open", "gate", "answer")
+_GRIDS = ("canvas", "open", "gate", "part")
 _ARRAYS = tuple(item.name for item in dataclasses.fields(_State) if item.name != "pad")
+
+
+def _after(schedule: KappaSchedule, t: Tensor, share: Tensor) -> Tensor:
+    """The time by which a share of what is left at time t is made."""
+    kappa = schedule.kappa(t)
+    return schedule.inverse((kappa + (1 - kappa) * share).clamp(max=1))

@@ -164,6 +164,8 @@ class Sampler:
         if drafts is None:
             drafts = [[spec.mask_token_id] * config.start_tokens] * len(prompts)
         _check_rows(drafts)
+        if len(drafts) != len(prompts):
+            raise ConfigError(f"{len(drafts)} drafts for {len(prompts)} prompts; expected one for each", "drafts")
         rows = []
         for key, (prompt, draft, seed) in enumerate(
             zip(prompts, drafts, self._seeds(len(prompts), seeds), strict=True)
@@ -180,15 +182,25 @@ class Sampler:
                     seed=seed,
                     early_stop=False,
                     key=key,
-                    longest=len(prompt) + max(new, len(draft)),
-                    gates=(len(prompt) - 1,),
+                    longest=self._longest(len(prompt), max(new, len(draft))),
+                    gates=((len(prompt) - 1, max(new, len(draft))),),
                 )
             )
         return rows
 
+    def _longest(self, prompt: int, new: int) -> int:
+        """Most tokens of a row: prompts that are edited may become twice as long, where the model has room."""
+        if not self.config.edit_prompt:
+            return prompt + new
+        return max(prompt + new, min(2 * prompt + new, self.lm.max_length or 2 * prompt + new))
+
     def _trim(self, new: int | None) -> Callable[[list[int]], list[int]]:
-        """What is left of an answer: up to an end of text, and `new` tokens at most."""
-        return lambda tokens: until_stop(tokens[:new], self.lm.spec.stop_token_ids)
+        """What is left of an answer: up to an end of text, and `new` tokens at most; no masks that a model that edits
+        has left behind."""
+        mask = self.lm.spec.mask_token_id if self.edits else None
+        return lambda tokens: [
+            token for token in until_stop(tokens[:new], self.lm.spec.stop_token_ids) if token != mask or mask is None
+        ]
 
     def _require_mask(self) -> None:
         if self.is_uniform:
@@ -288,6 +300,8 @@ class Sampler:
     def _edited_gaps(self, rows: Sequence[Sequence[int]], seeds: Sequence[int] | None) -> list[Row]:
         """Rows of a model that edits, whose gaps begin with up to `start_tokens` of their masks each."""
         check_settings(self.config)
+        if self.config.edit_prompt:
+            raise ConfigError("what is around a gap stays as it is: leave it out", "edit_prompt")
         _check_rows(rows)
         mask, made = self.lm.spec.mask_token_id, []
         for key, (tokens, seed) in enumerate(zip(rows, self._seeds(len(rows), seeds), strict=True)):
@@ -299,6 +313,7 @@ class Sampler:
             run = place - np.maximum.accumulate(np.where(begins, place, 0))  # places since the gap began
             kept = ~is_mask | (run < self.config.start_tokens)
             gates = kept.cumsum()[place[begins] - 1] - 1
+            sizes = np.bincount(begins.cumsum()[is_mask], minlength=1)[1:]
             made.append(
                 Row(
                     tokens=np.array(tokens)[kept].tolist(),
@@ -311,7 +326,7 @@ class Sampler:
                     early_stop=False,
                     key=key,
                     longest=len(tokens),
-                    gates=tuple(gates.tolist()),
+                    gates=tuple(zip(gates.tolist(), sizes.tolist(), strict=True)),
                 )
             )
         return made

@@ -165,6 +165,8 @@ class AnswerRow:
         if dropped.reason == "closed":
             self._writing.refuse(Refused("draining", "the model was put away while it answered", retry_after_s=1.0))
             return
+        if dropped.so_far is not None and dropped.so_far.answer is not None:  # as final as it will ever be
+            self._tokens.finish(dropped.so_far.tokens, dropped.so_far.answer)
         self._feed()
         nfe = 0 if dropped.so_far is None else dropped.so_far.nfe
         tokens = self._kept()

@@ -136,4 +136,8 @@ def _of_edits(sampler: SamplerConfig, path: str | None, kappa: str) -> SamplerCo
                 meaningless[name] = getattr(defaults, name)
     sampler = replace(sampler, **meaningless)
     check_settings(sampler)
-    return replace(sampler, kappa=kappa) if sampler.kappa == defaults.kappa else sampler
+    if sampler.kappa not in (defaults.kappa, kappa):
+        raise ConfigError(
+            f"the model learns rates of objective.kappa {kappa}, got {sampler.kappa}: leave it out", "kappa"
+        )
+    return replace(sampler, kappa=kappa)

@@ -138,6 +138,14 @@ def test_an_adapter_trains_the_heads_whole(make_lm, tmp_path):
         torch.testing.assert_close(said(other, ids)[0], changed, rtol=0, atol=1e-5)
 
 
+def test_heads_have_no_place_in_the_layout_of_a_family_without(golden, tmp_path):
+    (tmp_path / "edits").mkdir()
+    (tmp_path / "back").mkdir()
+    convert.to_native(str(golden / "llada" / "checkpoint"), tmp_path / "edits", convert.Target("editflow"))
+    with pytest.raises(ModelError, match="has edit heads, for which the published layout of llada has no place"):
+        convert.to_original(str(tmp_path / "edits"), tmp_path / "back")
+
+
 def test_what_can_not_be(make_lm, golden, tmp_path):
     lm = edit_heads.attach(make_lm("bert"))
     with pytest.raises(ModelError, match="has edit heads already"):

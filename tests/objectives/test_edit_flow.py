@@ -109,13 +109,14 @@ def test_pairs_begin_and_end_with_what_they_should(seed, kind, longest):
         assert z0[:start].tolist() == z1[:start].tolist() == own[:start].tolist()  # the prompt stays as it is
         answer = z0[start:][z0[start:] != BLANK]
         assert ((z0 != BLANK) | (z1 != BLANK)).sum() <= longest
-        room = min(5, longest - len(own))
+        room = 5 if start + max(5, len(own) - start) + 5 <= longest else None
         if kind == "empty":
             assert not len(answer)
         elif kind == "masks":
-            assert answer.tolist() == [4] * room
+            assert set(answer.tolist()) <= {4} and (room is None or len(answer) == room)
+            assert len(answer) >= min(5, longest - len(own))
         elif kind == "uniform":
-            assert len(answer) == room and not set(answer.tolist()) & {0, 1, 2, 4}
+            assert (room is None or len(answer) == room) and not set(answer.tolist()) & {0, 1, 2, 4}
         alone = align(answer, own[start:])
         width = len(alone[0])
         assert z0[start : start + width].tolist() == alone[0].tolist()
@@ -135,6 +136,47 @@ def test_a_noised_copy_has_no_end_and_its_mistakes_are_tokens_of_the_batch():
     z0 = pairs({"input_ids": ids, "labels": labels}, step=0)["z0"]
     left = set(z0[:50][z0[:50] != BLANK].tolist())
     assert left & {22, 23, 24, 25, 26} and 2 not in left and left <= set(ids.flatten().tolist())
+
+
+def test_a_draft_is_whole_where_the_sequences_on_the_way_have_room():
+    pairs = EditPairs(("noised",), 5, 0.01, 0, (), None, 1, 12, 0)
+    ids = np.arange(20, 32)[None].repeat(40, axis=0)
+    labels = np.where(ids > 20, ids, IGNORE_INDEX)
+    z0 = pairs({"input_ids": ids, "labels": labels}, step=0)["z0"]
+    assert ((z0 != BLANK).sum(axis=1) >= 11).mean() > 0.8
+
+
+def test_only_answers_are_written_whatever_stands_between_them():
+    pairs = EditPairs(("empty",), 5, 0.3, 0, (), None, 1, None, 0)
+    ids = np.array([[10, 11, 20, 21, 30, 31, 40, 41]])
+    labels = np.where(np.isin(ids, (20, 21, 40, 41)), ids, IGNORE_INDEX)
+    made = pairs({"input_ids": ids, "labels": labels}, step=0)
+    assert made["z0"].tolist() == [[10, 11, BLANK, BLANK, 30, 31, BLANK, BLANK]]
+    assert made["z1"].tolist() == ids.tolist()
+
+
+def test_rows_draw_their_own_beginnings_anew_in_every_step():
+    pairs = EditPairs(("empty", "masks", "uniform"), 5, 0.3, 60, (4,), 4, 1, None, 0)
+    batch = {name: tensor.numpy() for name, tensor in rows_of(1, rows=60).items()}
+    first, second = (pairs(batch, step=step)["z0"] for step in (0, 1))
+    assert first.shape != second.shape or not np.array_equal(first, second)
+    prompt = (batch["labels"] == IGNORE_INDEX) & (batch["attention_mask"] == 1)
+    kinds = Counter()
+    for row in range(60):
+        left = first[row][first[row] != BLANK][prompt[row].sum() :]
+        kinds["empty" if not len(left) else "masks" if set(left.tolist()) == {4} else "uniform"] += 1
+    assert all(10 <= kinds[kind] <= 32 for kind in ("empty", "masks", "uniform"))
+
+
+@pytest.mark.parametrize("most", [None, 0.5, 3.0])
+def test_the_weight_of_late_times_is_bounded_as_asked(make_lm, most):
+    lm = edit_heads.attach(make_lm("bert"))
+    objective, free = (EditFlow(lm.spec, kappa="linear", max_weight=bound) for bound in (most, None))
+    batch = {name: tensor[:1] for name, tensor in rows_of(2).items()}
+    noisy = objective.corrupt(batch, torch.Generator().manual_seed(0), t=torch.tensor([0.9]))
+    expected = 1.0 if most is None else most / 10
+    ratio = objective.loss(lm, noisy).loss / free.loss(lm, noisy).loss
+    assert ratio.item() == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_document_begins_with_a_token_that_stays():

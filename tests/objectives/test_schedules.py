@@ -12,6 +12,7 @@ from dllm_ray.errors import ConfigError
 from dllm_ray.objectives.schedules import (
     alpha_schedule,
     edit_rate,
+    edit_share,
     elbo_weight,
     kappa_schedule,
     unmask_probability,
@@ -119,3 +120,16 @@ def test_kappas_rise_from_0_to_1_as_their_derivatives_say(name, t):
 def test_an_unknown_kappa_is_refused():
     with pytest.raises(ConfigError, match="linear, cubic, cosine"):
         kappa_schedule("square")
+
+
+@pytest.mark.parametrize("name", ["linear", "cubic", "cosine"])
+def test_the_inverse_of_kappa_and_the_share_of_a_step(name):
+    schedule = kappa_schedule(name)
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    torch.testing.assert_close(schedule.inverse(schedule.kappa(t)), t, rtol=0, atol=1e-9)
+    early, late = t[:-1], t[1:]
+    left = 1 - schedule.kappa(early)
+    share = edit_share(schedule, early, late)
+    torch.testing.assert_close(share * left, schedule.kappa(late) - schedule.kappa(early), rtol=0, atol=1e-5)
+    short = edit_share(schedule, early, early + 1e-6) / 1e-6
+    torch.testing.assert_close(short, edit_rate(schedule, early), rtol=1e-2, atol=1e-3)

@@ -11,9 +11,9 @@ from sampling_testing import finish, sharpen
 
 from dllm_ray.errors import ConfigError, ModelError
 from dllm_ray.models import edit_heads
-from dllm_ray.objectives.schedules import edit_rate, kappa_schedule
+from dllm_ray.objectives.schedules import edit_share, kappa_schedule
 from dllm_ray.sampling import Sampler, SamplerConfig
-from dllm_ray.sampling.edit_flow import EditEngine
+from dllm_ray.sampling.edit_flow import EditEngine, _State
 from dllm_ray.sampling.noise import DELETE, EDIT, INSERT, uniform
 
 PROMPTS = [[10, 20, 30], [40], [11, 12, 13, 14, 15, 16, 17, 18], [50, 60]]
@@ -95,7 +95,9 @@ def test_a_row_is_what_one_step_after_the_other_gives(make_edits, architecture):
                 words = [head(hidden)[0] for head in (heads.substitute, heads.insert)]
             for head in words:
                 head[:, lm.spec.mask_token_id] = -torch.inf
-            share = edit_rate(schedule, torch.tensor(step / steps, dtype=torch.float64)).item() / steps
+            share = edit_share(
+                schedule, *(torch.tensor(n / steps, dtype=torch.float64) for n in (step, step + 1))
+            ).item()
 
             def coin(place, stream, step=step, seed=seed):
                 return uniform(*(torch.tensor([n]) for n in (seed, step, place)), stream).item()
@@ -133,7 +135,8 @@ def test_the_recorded_probabilities(golden, golden_lm):
             with torch.no_grad():
                 hidden = lm.module.hidden(torch.tensor([tokens]))
                 sub, dele, ins = lm.module.heads.rates_of(hidden, False)[0].unbind(-1)
-            share = edit_rate(kappa_schedule("linear"), torch.tensor(step * tau)).item() * tau
+            times = (torch.tensor(n * tau, dtype=torch.float64) for n in (step, step + 1))
+            share = edit_share(kappa_schedule("linear"), *times).item()
             way, behind = (sub + dele) * share, ins * share
             if not case["edit_prompt"]:
                 way[:prompt] = 0
@@ -188,6 +191,35 @@ def test_heads_that_know_the_time_are_asked_at_every_step(make_edits):
     assert alone == output.sequences
 
 
+@pytest.mark.parametrize("kappa", ["linear", "cubic", "cosine"])
+@pytest.mark.parametrize(("steps", "probability"), [(1, None), (24, None), (24, 0.2), (500, 0.05)])
+def test_every_schedule_makes_all_its_edits(make_edits, kappa, steps, probability):
+    """An insertion behind the prompt at a rate of 1, and nothing else: it happens in every row, in whatever steps."""
+    once = make_edits(rate=-60.0)
+    with torch.no_grad():
+        once.model.edit_heads.rates.weight.zero_()
+        once.model.edit_heads.rates.bias[2] = float(np.log(np.e - 1))  # softplus gives 1
+    chosen = config(kappa=kappa, steps=steps, edit_probability=probability, max_new_tokens=1)
+    output = Sampler(once, chosen).sample(PROMPTS * 5, seeds=range(20))
+    assert all(len(row) == len(prompt) + 1 for row, prompt in zip(output.sequences, PROMPTS * 5, strict=True))
+
+
+@pytest.mark.parametrize("kappa", ["linear", "cubic", "cosine"])
+def test_no_edit_of_a_longer_step_is_more_probable_than_asked_for(lm, kappa):
+    rows = Sampler(lm, config(kappa=kappa, steps=1000, edit_probability=0.2)).rows(PROMPTS, range(4))
+    state = _State.of(rows, 0)
+    fastest = np.array([0.1, 1.0, 3.0, 0.0])
+    step, share, time = state.schedule(np.arange(4), fastest, 400)
+    assert np.array_equal(step, np.tile(np.arange(400), (4, 1))) and (np.diff(time, axis=1) >= 0).all()
+    even = 1 / 1000
+    for row, rate in enumerate(fastest):
+        before = np.concatenate([[0.0], time[row, :-1]])
+        longer = time[row] - before > even * 1.01
+        assert np.allclose(rate * share[row][longer & (time[row] < 1)], 0.2, rtol=0, atol=1e-3)
+        assert (rate * share[row][longer] <= 0.2 + 1e-3).all()
+    assert time[0, 0] == 1.0 and time[3, 0] == 1.0  # even the likeliest is not that probable by the end
+
+
 def test_longer_steps_take_fewer_forwards(make_edits):
     lm = make_edits(rate=-3.0)
     even, adaptive = (
@@ -209,6 +241,56 @@ def test_a_draft_is_revised_in_place_and_its_prompt_stays(lm):
     changed = Sampler(lm, config(edit_prompt=True)).edit(PROMPTS * 4, drafts * 4)
     assert any(row[: len(p)] != p for row, p in zip(changed.sequences, PROMPTS * 4, strict=True))
     assert all(row[0] == p[0] for row, p in zip(changed.sequences, PROMPTS * 4, strict=True))
+    with pytest.raises(ConfigError, match="1 drafts for 4 prompts"):
+        Sampler(lm, config()).edit(PROMPTS, drafts[:1])
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_prompt_that_is_edited_and_its_answer_have_room_of_their_own(make_edits, eager):
+    lm = make_edits(rate=2.0 if eager else -1.0)
+    output = Sampler(lm, config(edit_prompt=True, max_new_tokens=4)).sample(PROMPTS * 8, seeds=range(32), trace=True)
+    for prompt, sequence, completion, history in zip(
+        PROMPTS * 8, output.sequences, output.completions, output.history, strict=True
+    ):
+        assert len(completion) <= 4 and len(sequence) <= 2 * len(prompt) + 4
+        assert (history[:, 0] == prompt[0]).all()
+    engine = EditEngine(lm)
+    for row in Sampler(lm, config(edit_prompt=True, max_new_tokens=4)).rows(PROMPTS * 8, range(32)):
+        engine.admit(row)
+    while engine.busy:
+        engine.step()
+        for number in range(len(engine._items)):
+            assert engine._state.gate[number].max() == 1, "the token before the answer stays"
+        for item in engine.take_finished():
+            assert sum(item.answer) <= 4
+
+
+def test_gaps_have_room_of_their_own(make_edits):
+    eager = make_edits(rate=3.0)
+    mask = eager.spec.mask_token_id
+    row = [10, mask, 20, *[mask] * 6, 30]
+    for start in (0, 1, 6):
+        output = Sampler(eager, config(start_tokens=start)).infill([row] * 12, seeds=range(12), trace=True)
+        for sequence in output.sequences:
+            first = len(sequence) - 1 - sequence[::-1].index(20) if sequence.count(20) == 1 else None
+            if first is not None:
+                assert first - 1 <= 1 and len(sequence) - first - 2 <= 6
+            assert len(sequence) <= len(row)
+    with pytest.raises(ConfigError, match="edit_prompt"):
+        Sampler(eager, config(edit_prompt=True)).infill([row])
+
+
+def test_ends_of_text_may_be_made_less_likely(make_edits):
+    lm = make_edits(rate=3.0)
+    with torch.no_grad():
+        lm.model.edit_heads.rates.bias[:2] = -30.0
+        for head in (lm.model.edit_heads.insert, lm.model.edit_heads.substitute):
+            head.weight[lm.spec.eos_token_id] = head.weight.abs().mean(dim=0)
+    few, many = (
+        sum(row.count(lm.spec.eos_token_id) for row in Sampler(lm, config(eos_penalty=p)).sample(PROMPTS * 8).sequences)
+        for p in (100.0, -100.0)
+    )
+    assert few == 0 < many
 
 
 def test_gaps_are_filled_and_what_is_around_them_stays(lm):

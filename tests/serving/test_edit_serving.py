@@ -14,6 +14,8 @@ from dllm_ray.errors import ConfigError
 from dllm_ray.models import edit_heads
 from dllm_ray.sampling import Sampler, SamplerConfig
 from dllm_ray.sampling.config import EDIT_FIELDS
+from dllm_ray.sampling.edit_flow import EditEngine
+from dllm_ray.sampling.sampler import row_seeds
 from dllm_ray.serving import speed
 from dllm_ray.serving.app import create_app
 from dllm_ray.serving.calls import Call, Canvas, Done, Refused, Text
@@ -251,7 +253,7 @@ def test_rows_take_the_room_that_they_may_come_to_need(lm):
     assert room.fits(row)
 
 
-def test_a_row_that_is_let_go_has_no_text(lm):
+def test_a_row_that_is_let_go_ends_as_it_is(lm):
     writer = Writer("tiny", lm, dataclasses.replace(CONFIG, steps=400))
     hold, go = threading.Event(), threading.Event()
 
@@ -268,7 +270,14 @@ def test_a_row_that_is_let_go_has_no_text(lm):
     assert writer.loop.drain(60)
     handle.remove()
     writer.close()
-    assert (ends[-1].reason, ends[-1].text, ends[-1].nfe) == ("cancelled", "", 1)
+    [row] = Sampler(lm, writer.config).rows([chat.encode_prompt(lm.tokenizer, MESSAGES)], row_seeds(1, [0]))
+    engine = EditEngine(lm)
+    engine.admit(row)
+    engine.step()
+    so_far = engine.cancel(row.key)
+    written = [token for token, is_its in zip(so_far.tokens, so_far.answer, strict=True) if is_its]
+    assert (ends[-1].reason, ends[-1].nfe, ends[-1].completion_tokens) == ("cancelled", 1, len(written))
+    assert written and ends[-1].text == chat.decode(lm.tokenizer, written)
 
 
 class TestOverHttp:

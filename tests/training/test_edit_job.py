@@ -23,7 +23,8 @@ def job(sampler, objective=EDITS, **more) -> TrainingJob:
 
 def test_steps_may_be_fewer_than_blocks_and_the_schedule_is_the_objectives():
     assert job(SamplerConfig(max_new_tokens=512, steps=8)).sampler.kappa == "cubic"
-    assert job(SamplerConfig(kappa="cosine")).sampler.kappa == "cosine"
+    with pytest.raises(ConfigError, match=r"^sampler\.kappa: the model learns rates of objective.kappa cubic"):
+        job(SamplerConfig(kappa="cosine"))
     with pytest.raises(ConfigError, match=r"^sampler\.steps: 8 steps are fewer than the 16 blocks"):
         job(SamplerConfig(max_new_tokens=512, steps=8), ObjectiveConfig())
 
