@@ -15,8 +15,10 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from numbers import Integral
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ from dllm_ray.objectives.schedules import KappaSchedule, edit_share, kappa_sched
 from dllm_ray.sampling.batch import Row
 from dllm_ray.sampling.config import KAPPAS, SamplerConfig
 from dllm_ray.sampling.engine import Commit, Edit, Finished
-from dllm_ray.sampling.noise import DELETE, EDIT, INSERT, INSERTED, TOKEN, uniform
+from dllm_ray.sampling.noise import DELETE, EDIT, INSERT, INSERTED, TOKEN, uniform_of_each, uniform_of_one
 from dllm_ray.sampling.proposals import Rules, propose, suppress
 
 _HONOURED = frozenset(
@@ -36,8 +38,7 @@ _HONOURED = frozenset(
 )
 _SUREST = 1 - 1e-6  # probability of an edit in one step
 _END = 1 - 1e-9  # of time
-_AHEAD = 4  # steps looked at, at first
-_MOST_AHEAD = 1 << 20  # steps times positions looked at together
+_AHEAD, _MOST_AHEAD = 4, 64  # steps whose lengths are found together, at first and at most
 
 
 def check_settings(config: SamplerConfig) -> None:
@@ -220,39 +221,36 @@ class EditEngine:
         state = self._state
         gives_way_RT, inserts_RT = rates_RT3[:, :, 0] + rates_RT3[:, :, 1], rates_RT3[:, :, 2]
         happened_RT3 = np.zeros(rates_RT3.shape, np.bool_)
-        likely = np.flatnonzero((rates_RT3 > 0).any(axis=(0, 2)))
-        low, high = (int(likely[0]), int(likely[-1]) + 1) if len(likely) else (0, 1)
-        column_T = torch.arange(low, high)
         fastest_R = np.maximum(gives_way_RT, inserts_RT).max(axis=1)
         stepwise = self.lm.module.heads.time is not None  # rates change with every step
-        rows, ahead = np.arange(len(self._items)), 1 if stepwise else _AHEAD
+        is_even = state.probability == 0
+        if is_even.any():
+            rows = np.flatnonzero(is_even)
+            stop = np.minimum(state.steps[rows], state.step[rows] + 1) if stepwise else state.steps[rows]
+            state.step[rows] = _first_change(
+                rows, state.seed, state.step[rows], stop, state.shares, gives_way_RT, inserts_RT, happened_RT3
+            )
+            state.time[rows] = np.where(
+                state.step[rows] >= state.steps[rows], 1.0, state.step[rows] / state.steps[rows]
+            )
+        rows, ahead = np.flatnonzero(~is_even), 1 if stepwise else _AHEAD
         while len(rows):
-            ahead = max(min(ahead, _MOST_AHEAD // (len(rows) * (high - low))), 1)
-            step_PS, share_PS, time_PS = state.schedule(rows, fastest_R[rows], ahead)
-            seed_P11 = torch.from_numpy(state.seed[rows])[:, None, None]
-            where = (seed_P11, torch.from_numpy(step_PS)[:, :, None], column_T)
-            chance = [
-                np.minimum(rate[rows, None, low:high] * share_PS[:, :, None], _SUREST)
-                for rate in (gives_way_RT, inserts_RT)
-            ]
-            gives_way = uniform(*where, EDIT).numpy() < chance[0]
-            inserts = uniform(*where, INSERT).numpy() < chance[1]
-            any_PS = (gives_way | inserts).any(axis=2)
-            hit_P = any_PS.any(axis=1)
-            last_P = np.where(hit_P, any_PS.argmax(axis=1), ahead - 1)
-            place = np.arange(len(rows))
-            state.step[rows], state.time[rows] = step_PS[place, last_P] + 1, time_PS[place, last_P]
-            hits = rows[hit_P]
-            happened_RT3[hits, low:high, 0] = gives_way[place, last_P][hit_P]
-            happened_RT3[hits, low:high, 2] = inserts[place, last_P][hit_P]
-            rows = rows[~hit_P & (state.time[rows] < _END)]
+            began = state.step[rows]
+            shares_PS, time_PS = state.schedule(rows, fastest_R[rows], ahead)
+            table = np.zeros((len(is_even), ahead))
+            table[rows] = shares_PS
+            state.step[rows] = began + _first_change(
+                rows, state.seed, began * 0, began * 0 + ahead, table, gives_way_RT, inserts_RT, happened_RT3, began
+            )
+            state.time[rows] = time_PS[np.arange(len(rows)), state.step[rows] - began - 1]
+            rows = rows[~happened_RT3[rows].any(axis=(1, 2)) & (state.time[rows] < _END)]
             if stepwise:
                 break
-            ahead *= 2
+            ahead = min(2 * ahead, _MOST_AHEAD)
         row_N, column_N = happened_RT3[:, :, 0].nonzero()
         if len(row_N):
             share_N = rates_RT3[row_N, column_N, 1] / (gives_way_RT[row_N, column_N] + 1e-8)
-            happened_RT3[row_N, column_N, 1] = state.draws(row_N, column_N, DELETE) < share_N
+            happened_RT3[row_N, column_N, 1] = state.draws(row_N, column_N, np.full_like(row_N, DELETE)) < share_N
             happened_RT3[:, :, 0] &= ~happened_RT3[:, :, 1]
         happened_RT3[:, :, 2] &= state.fits(happened_RT3[:, :, 2])
         return happened_RT3
@@ -268,9 +266,7 @@ class EditEngine:
         source_N = module.source(torch.from_numpy(column_N).to(device), inserted)
         row = torch.from_numpy(row_N).to(device)
         logits_NV = module.tokens(hidden_RTH[row, source_N], inserted).float()
-        draws_N = np.where(
-            inserted_N, state.draws(row_N, column_N, INSERTED), state.draws(row_N, column_N, TOKEN)
-        ).astype(np.float32)
+        draws_N = state.draws(row_N, column_N, np.where(inserted_N, INSERTED, TOKEN))
         token_N = np.zeros(len(row_N), np.int64)
         confidence_N = np.zeros(len(row_N), np.float32)
         for config, members in self._alike(row_N):
@@ -388,6 +384,8 @@ class _State:
     """Of an edit, up to which a step may be longer; 0: steps are equal."""
     kappa: np.ndarray
     """Number of the schedule."""
+    shares: np.ndarray
+    """[R, S] share of what is left that is made in each step of equal length."""
 
     @classmethod
     def of(cls, rows: list[Row], pad: int) -> "_State":
@@ -420,6 +418,7 @@ class _State:
             steps=np.array([config.steps for config in configs], np.int64),
             probability=np.array([config.edit_probability or 0.0 for config in configs]),
             kappa=np.array([KAPPAS.index(config.kappa) for config in configs], np.int64),
+            shares=_shares(configs),
         )
 
     def valid(self) -> np.ndarray:
@@ -457,32 +456,27 @@ class _State:
         count = np.bincount(key_RT[self.valid()], minlength=rows * parts).reshape(rows, parts)
         return self.most - count
 
-    def draws(self, row_N: np.ndarray, column_N: np.ndarray, stream: int) -> np.ndarray:
+    def draws(self, row_N: np.ndarray, column_N: np.ndarray, stream_N: np.ndarray) -> np.ndarray:
         """[N] uniform random numbers of the step that the rows' clocks have just passed."""
-        seed, step = (torch.from_numpy(array[row_N]) for array in (self.seed, self.step - 1))
-        return uniform(seed, step, torch.from_numpy(column_N), stream).numpy()
+        return uniform_of_each(self.seed[row_N], self.step[row_N] - 1, column_N, stream_N)
 
     def schedule(self, rows: np.ndarray, fastest_P: np.ndarray, count: int) -> tuple[np.ndarray, ...]:
-        """The next steps of some rows, as long as their rates stay what they are.
+        """The next steps of rows whose steps may be longer, as long as their rates stay what they are.
 
         Returns:
-            [P, count] each: number of the step; share of what is left that is made in it; time after it.
+            [P, count] each: share of what is left that is made in the step; time after it.
         """
         time, even = self.time[rows], 1 / self.steps[rows]
-        numbers = self.step[rows, None] + np.arange(count)
         shares, times = np.zeros((2, len(rows), count))
-        adaptive = self.probability[rows] > 0
+        surest = np.divide(
+            self.probability[rows], fastest_P, out=np.ones(len(rows)), where=fastest_P > self.probability[rows]
+        )
         for number in range(count):
-            after = np.minimum(numbers[:, number] + 1, self.steps[rows]) * even
-            if adaptive.any():
-                surest = np.divide(
-                    self.probability[rows], fastest_P, out=np.ones(len(rows)), where=fastest_P > self.probability[rows]
-                )
-                after = np.where(adaptive, np.maximum(time + even, self._by_kappa(rows, _after, time, surest)), after)
+            after = np.maximum(time + even, self._by_kappa(rows, _after, time, surest))
             after = np.where(after >= _END, 1.0, after)
             shares[:, number] = self._by_kappa(rows, edit_share, time, after)
             time = times[:, number] = after
-        return numbers, shares, times
+        return shares, times
 
     def _by_kappa(self, rows: np.ndarray, function: Callable[..., Tensor], *arguments: np.ndarray) -> np.ndarray:
         """[P] what a function of a schedule and numbers gives for some rows' own."""
@@ -529,7 +523,7 @@ class _State:
             if parts[0].ndim == 2:
                 width = max(part.shape[1] for part in parts)
                 fill = {"canvas": self.pad, "most": np.iinfo(np.int64).max}.get(name, 0)
-                parts = [np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=fill) for part in parts]
+                parts = [_widened(part, width, fill) for part in parts]
             return np.concatenate(parts)
 
         return _State(self.pad, **{name: both(name) for name in _ARRAYS})
@@ -545,7 +539,61 @@ _GRIDS = ("canvas", "open", "gate", "part")
 _ARRAYS = tuple(item.name for item in dataclasses.fields(_State) if item.name != "pad")
 
 
+def _widened(grid: np.ndarray, width: int, fill: int) -> np.ndarray:
+    """A grid [R, W] with further columns on the right."""
+    if grid.shape[1] == width:
+        return grid
+    wide = np.full((len(grid), width), fill, grid.dtype)
+    wide[:, : grid.shape[1]] = grid
+    return wide
+
+
 def _after(schedule: KappaSchedule, t: Tensor, share: Tensor) -> Tensor:
     """The time by which a share of what is left at time t is made."""
     kappa = schedule.kappa(t)
     return schedule.inverse((kappa + (1 - kappa) * share).clamp(max=1))
+
+
+def _shares(configs: list[SamplerConfig]) -> np.ndarray:
+    """[R, S] share of what is left that each of the row's equal steps makes; none after the last."""
+    table = np.zeros((len(configs), max((config.steps for config in configs), default=1)))
+    for number, config in enumerate(configs):
+        table[number, : config.steps] = _even_shares(config.kappa, config.steps)
+    return table
+
+
+@lru_cache(maxsize=64)
+def _even_shares(kappa: str, steps: int) -> np.ndarray:
+    time = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    return edit_share(kappa_schedule(kappa), time[:-1], time[1:]).numpy()
+
+
+@numba.njit(cache=True, nogil=True)
+def _first_change(rows, seed, start, stop, shares, gives_way, inserts, happened, began=None):
+    """For each of some rows, the number of steps done after the next one in which something happens; `stop` if nothing
+    does. What happens is marked in `happened` [R, T, 3].
+
+    Args:
+        rows: [P], of R.
+        seed: [R].
+        start, stop: [P] columns of `shares` [R, S].
+        gives_way, inserts: [R, T] rates.
+        began: [P] number of the step of column 0; None: 0.
+    """
+    after = stop.copy()
+    for place in range(len(rows)):
+        row = rows[place]
+        first = 0 if began is None else began[place]
+        for step in range(start[place], stop[place]):
+            found = False
+            for column in range(gives_way.shape[1]):
+                chance = min(gives_way[row, column] * shares[row, step], _SUREST)
+                if chance > 0 and uniform_of_one(seed[row], first + step, column, EDIT) < chance:
+                    happened[row, column, 0] = found = True
+                chance = min(inserts[row, column] * shares[row, step], _SUREST)
+                if chance > 0 and uniform_of_one(seed[row], first + step, column, INSERT) < chance:
+                    happened[row, column, 2] = found = True
+            if found:
+                after[place] = step + 1
+                break
+    return after

@@ -209,8 +209,8 @@ def test_no_edit_of_a_longer_step_is_more_probable_than_asked_for(lm, kappa):
     rows = Sampler(lm, config(kappa=kappa, steps=1000, edit_probability=0.2)).rows(PROMPTS, range(4))
     state = _State.of(rows, 0)
     fastest = np.array([0.1, 1.0, 3.0, 0.0])
-    step, share, time = state.schedule(np.arange(4), fastest, 400)
-    assert np.array_equal(step, np.tile(np.arange(400), (4, 1))) and (np.diff(time, axis=1) >= 0).all()
+    share, time = state.schedule(np.arange(4), fastest, 400)
+    assert (np.diff(time, axis=1) >= 0).all()
     even = 1 / 1000
     for row, rate in enumerate(fastest):
         before = np.concatenate([[0.0], time[row, :-1]])

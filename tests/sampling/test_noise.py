@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_ray.sampling.noise import ORDER, TOKEN, mix, uniform
+from dllm_ray.sampling.noise import ORDER, TOKEN, mix, uniform, uniform_of_one
 
 words = st.integers(-(2**63), 2**63 - 1)
 
@@ -69,3 +69,8 @@ def test_swapped_coordinates_are_other_coordinates():
 def test_a_number_is_the_same_among_others():
     steps = torch.tensor([9, 5, 0])
     assert draw(step=steps, count=3)[1] == draw(step=5)
+
+
+@given(words, st.integers(0, 2**40), st.integers(0, 2**20), st.integers(1, 6))
+def test_compiled_loops_draw_the_same_numbers(seed, step, position, stream):
+    assert uniform_of_one(seed, step, position, stream) == draw(seed, step, position, stream).item()
