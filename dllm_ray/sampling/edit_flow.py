@@ -269,11 +269,12 @@ class EditEngine:
         draws_N = state.draws(row_N, column_N, np.where(inserted_N, INSERTED, TOKEN))
         token_N = np.zeros(len(row_N), np.int64)
         confidence_N = np.zeros(len(row_N), np.float32)
-        for config, members in self._alike(row_N):
-            chosen = torch.from_numpy(members).to(device)
-            logits = logits_NV[chosen]
+        kinds = self._alike(row_N)
+        for config, members in kinds:
+            logits = logits_NV if len(kinds) == 1 else logits_NV[torch.from_numpy(members).to(device)]
             suppress(logits, config.suppress_tokens)
-            logits[:, list(self.lm.spec.stop_token_ids)] -= config.eos_penalty
+            if config.eos_penalty:
+                logits[:, list(self.lm.spec.stop_token_ids)] -= config.eos_penalty
             rules = Rules() if config.temperature == 0 else self._drawing(config, torch.from_numpy(draws_N[members]))
             token, confidence = propose(logits, rules, self.lm.spec.mask_token_id)
             token_N[members], confidence_N[members] = token.cpu().numpy(), confidence.float().cpu().numpy()
@@ -438,6 +439,9 @@ class _State:
 
     def fits(self, inserted_RT: np.ndarray) -> np.ndarray:
         """[R, T] bool: which insertions have room, the first in each part of the answer and in the row."""
+        room_RP, wanted_R = self._room(), inserted_RT.sum(axis=1)
+        if (wanted_R <= np.minimum(room_RP.min(axis=1), self.longest - self.length)).all():
+            return inserted_RT
         row_N, column_N = inserted_RT.nonzero()
         part_N = np.where(self.gate > 0, self.gate, self.part)[row_N, column_N]
         key_N = row_N * self.most.shape[1] + part_N
@@ -446,7 +450,7 @@ class _State:
         rank_N = np.empty(len(key_N), np.int64)
         rank_N[order] = np.arange(len(key_N)) - first[inverse]
         kept_RT = np.zeros(inserted_RT.shape, np.bool_)
-        kept_RT[row_N, column_N] = rank_N < self._room()[row_N, part_N]
+        kept_RT[row_N, column_N] = rank_N < room_RP[row_N, part_N]
         return kept_RT & (kept_RT.cumsum(axis=1) <= (self.longest - self.length)[:, None])
 
     def _room(self) -> np.ndarray:
