@@ -18,7 +18,7 @@ from dllm_ray.sampling.config import SamplerConfig
 ROOT = Path(__file__).resolve().parents[2]
 
 FILES = sorted((ROOT / "configs" / "evaluate").glob("*.yaml"))
-TABLES = [path for path in FILES if path.stem != "digits"]
+TABLES = [path for path in FILES if path.stem not in ("digits", "lengths")]
 OUR_DEFAULTS = {"llada-8b-instruct": "GSAI-ML/LLaDA-8B-Instruct", "dream-7b-base": "Dream-org/Dream-v0-Base-7B"}
 
 POLICIES = {"confidence_threshold": "maskgit_plus", "entropy_bound": "low_confidence"}
