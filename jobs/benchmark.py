@@ -223,7 +223,7 @@ class SampleBenchmark:
     """Settings of jobs/benchmark.py sample."""
 
     algorithms: list[str] | None = None
-    """Names of algorithms; null: all that the model can run."""
+    """Names of algorithms; null: all that the model can run. Random weights get edit heads where all of them edit."""
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
     """Prompts denoised together."""
     prompts: str | None = None
@@ -285,6 +285,7 @@ class SampleBenchmark:
 def benchmark_sample(job: SampleBenchmark) -> None:
     import torch
 
+    from dllm_ray.models import edit_heads
     from dllm_ray.sampling import plan
     from dllm_ray.sampling.engine import plan_for
     from dllm_ray.sampling.speed import measure
@@ -294,6 +295,8 @@ def benchmark_sample(job: SampleBenchmark) -> None:
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     lm = _model_to_sample(job)
+    if job.model.path is None and job.algorithms and set(job.algorithms) <= set(EDITS):
+        lm = edit_heads.attach(lm, seed=job.seed)
     texts = _random_texts(lm, job.seed)
     rows = []
     known = ALGORITHMS if lm.spec.edit_heads is None else EDITS

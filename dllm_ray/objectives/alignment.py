@@ -60,17 +60,6 @@ def remaining_edits(zt: Sequence[int], z1: Sequence[int]) -> list[Edit]:
     Raises:
         DataError: they are not of one length, or begin with an insertion: there is no token that it could come after.
     """
-    kinds, positions, tokens = edit_columns(zt, z1)
-    names = (INSERT, DELETE, SUBSTITUTE)
-    return [
-        Edit(names[kind], position, None if kind == 1 else token)
-        for kind, position, token in zip(kinds.tolist(), positions.tolist(), tokens.tolist(), strict=True)
-    ]
-
-
-def edit_columns(zt: Sequence[int], z1: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`remaining_edits` as arrays, [edits] each: kind (0 insert, 1 delete, 2 substitute), position, token (`BLANK` of
-    deletions)."""
     zt, z1 = np.asarray(zt, np.int64), np.asarray(z1, np.int64)
     if zt.shape != z1.shape or zt.ndim != 1:
         raise DataError(f"aligned sequences must have one length, got {zt.shape} and {z1.shape}")
@@ -80,8 +69,11 @@ def edit_columns(zt: Sequence[int], z1: Sequence[int]) -> tuple[np.ndarray, np.n
     inserts, deletes = ~is_token[columns], z1[columns] == BLANK
     if (inserts & (before == 0)).any():
         raise DataError("an insertion comes before the first token: sequences need a common beginning, e.g. BOS")
-    kinds = np.where(inserts, 0, np.where(deletes, 1, 2))
-    return kinds, before - inserts, z1[columns]
+    listed = (array.tolist() for array in (inserts, deletes, before - inserts, z1[columns]))
+    return [
+        Edit(INSERT if inserted else DELETE if deleted else SUBSTITUTE, position, None if deleted else token)
+        for inserted, deleted, position, token in zip(*listed, strict=True)
+    ]
 
 
 def _ids(values: Sequence[int], name: str) -> np.ndarray:

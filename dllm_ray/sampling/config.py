@@ -1,7 +1,7 @@
 """`SamplerConfig`: every setting of the denoising loop. Plain data."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from dllm_ray.errors import ConfigError
@@ -16,6 +16,12 @@ CACHES = ("none", "prefix", "dual", "block")
 KAPPAS = ("linear", "cubic", "cosine")
 EDIT_FIELDS = ("kappa", "start_tokens", "edit_prompt", "edit_probability")
 """Settings that only models that edit read."""
+READ_BY_EDITS = ("max_new_tokens", "max_length", "steps", "temperature", "top_p", "top_k", "suppress_tokens") + (
+    "eos_penalty",
+    "seed",
+    *EDIT_FIELDS,
+)
+"""Settings that models that edit read."""
 
 _COUNTS = ("max_new_tokens", "max_length", "steps", "steps_per_block", "block_size", "top_k", "max_post_steps") + (
     "num_to_transfer",
@@ -205,6 +211,17 @@ class SamplerConfig:
             value = getattr(self, name)
             if value != getattr(SamplerConfig, name):  # the defaults, which are the class's own attributes
                 raise ConfigError(f"{value!r} is for models with edit heads, and this one has none: leave it out", name)
+
+    def require_only_edits(self) -> None:
+        """Makes sure that nothing is asked which would be without effect on a model that edits.
+
+        Raises:
+            ConfigError: a setting beside `READ_BY_EDITS` is not at its default.
+        """
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name not in READ_BY_EDITS and value != item.default:
+                raise ConfigError(f"{value!r} has no meaning for a model that edits: leave it out", item.name)
 
     def for_length(self, new_tokens: int) -> "SamplerConfig":
         """The same settings for answers of `new_tokens` tokens: as many tokens for each step as they had."""

@@ -91,6 +91,30 @@ def plan_for(lm: DiffusionLM, config: SamplerConfig) -> Plan:
     return Plan(config, lm.spec, takes_cache=config.cache == "none" or keeps(lm))
 
 
+def check_row(row: Row, vocabulary: int, mask_token_id: int) -> None:
+    """Makes sure that a row's numbers are such as a model has, whatever denoises it.
+
+    Args:
+        row: the row.
+        vocabulary: tokens that the model knows.
+        mask_token_id: the one that is no text.
+
+    Raises:
+        ConfigError: it names a token that the model doesn't have, or suppresses all, or its seed is too large.
+    """
+    config = row.config
+    for tokens in (row.tokens, config.suppress_tokens, config.begin_suppress_tokens, config.cfg_keep_tokens):
+        if not all(isinstance(token, Integral) for token in tokens):
+            raise ConfigError("expected token ids, a list of whole numbers for each row")
+        for token in (min(tokens), max(tokens)) if tokens else ():
+            if not 0 <= token < vocabulary:
+                raise ConfigError(f"token {token} is outside the model's vocabulary of {vocabulary}")
+    if len({*config.suppress_tokens, mask_token_id}) >= vocabulary:
+        raise ConfigError("leaves no token to write with", "suppress_tokens")
+    if not -(2**63) <= row.seed < 2**63:
+        raise ConfigError(f"a row's seed must fit 64 bits, got {row.seed}", "seed")
+
+
 class Engine:
     """Denoises rows step by step.
 
@@ -151,18 +175,8 @@ class Engine:
                 f"a canvas of {len(row.tokens)} tokens (prompt and answer) doesn't fit the model's context of {limit}: "
                 "shorten the prompt or lower max_new_tokens"
             )
-        config = row.config
-        for tokens in (row.tokens, config.suppress_tokens, config.begin_suppress_tokens, config.cfg_keep_tokens):
-            if not all(isinstance(token, Integral) for token in tokens):
-                raise ConfigError("expected token ids, a list of whole numbers for each row")
-            for token in (min(tokens), max(tokens)) if tokens else ():
-                if not 0 <= token < self._vocabulary:
-                    raise ConfigError(f"token {token} is outside the model's vocabulary of {self._vocabulary}")
-        if len({*config.suppress_tokens, self.lm.spec.mask_token_id}) >= self._vocabulary:
-            raise ConfigError("leaves no token to write with", "suppress_tokens")
-        if not -(2**63) <= row.seed < 2**63:
-            raise ConfigError(f"a row's seed must fit 64 bits, got {row.seed}", "seed")
-        plan_for(self.lm, config)
+        check_row(row, self._vocabulary, self.lm.spec.mask_token_id)
+        plan_for(self.lm, row.config)
 
     @torch.inference_mode()  # the cache is made of tensors of this kind
     def cancel(self, key: int) -> Finished | None:

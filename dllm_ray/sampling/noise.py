@@ -4,8 +4,6 @@ A row's draws come from a hash of (row seed, step, position, stream), not from a
 whatever else is in the batch, on every device, and a row can be replayed alone.
 """
 
-import numba
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,9 +12,8 @@ TOKEN, ORDER = 1, 2
 EDIT, DELETE, INSERT, INSERTED = 3, 4, 5, 6
 """Of edits: whether a token gives way, whether to none, whether one comes behind it, and which."""
 
-_GAMMA = -7046029254386353131  # the increments and multipliers of SplitMix64 (Steele et al., OOPSLA 2014), as int64
-_MIX_1 = -4658895280553007687
-_MIX_2 = -7723592293110705685
+GAMMA, MIX_1, MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
+"""The increment and the multipliers of SplitMix64 (Steele et al., OOPSLA 2014), as int64."""
 
 
 def mix(*words: Tensor | int) -> Tensor:
@@ -41,32 +38,11 @@ def uniform(seed: Tensor, step: Tensor, position: Tensor, stream: int) -> Tensor
 
 
 def _scramble(state: Tensor) -> Tensor:
-    state = state + _GAMMA
-    state = (state ^ _logical_shift(state, 30)) * _MIX_1
-    state = (state ^ _logical_shift(state, 27)) * _MIX_2
+    state = state + GAMMA
+    state = (state ^ _logical_shift(state, 30)) * MIX_1
+    state = (state ^ _logical_shift(state, 27)) * MIX_2
     return state ^ _logical_shift(state, 31)
 
 
 def _logical_shift(state: Tensor, by: int) -> Tensor:
     return (state >> by) & ((1 << (64 - by)) - 1)
-
-
-@numba.njit(cache=True, nogil=True)
-def uniform_of_one(seed: int, step: int, position: int, stream: int) -> float:
-    """`uniform` of a single coordinate, for compiled loops: the same number."""
-    state = numba.int64(0)
-    for word in (seed, step, position, stream):
-        state = numba.int64(state + word) + _GAMMA
-        state = (state ^ ((state >> 30) & ((1 << 34) - 1))) * _MIX_1
-        state = (state ^ ((state >> 27) & ((1 << 37) - 1))) * _MIX_2
-        state = state ^ ((state >> 31) & ((1 << 33) - 1))
-    return ((state >> 40) & ((1 << 24) - 1)) * 2.0**-24
-
-
-@numba.njit(cache=True, nogil=True)
-def uniform_of_each(seed: np.ndarray, step: np.ndarray, position: np.ndarray, stream: np.ndarray) -> np.ndarray:
-    """`uniform` of arrays [N] on the host, without the time that a dozen small tensor operations take."""
-    drawn = np.empty(len(seed), np.float32)
-    for number in range(len(seed)):
-        drawn[number] = uniform_of_one(seed[number], step[number], position[number], stream[number])
-    return drawn

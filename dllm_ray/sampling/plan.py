@@ -38,9 +38,7 @@ def check(config: SamplerConfig, spec: DiffusionSpec, infill: bool = False) -> N
         ConfigError: they can't.
     """
     if spec.edit_heads is not None:
-        from dllm_ray.sampling.edit_flow import check_settings  # which imports the engine, and that this module
-
-        check_settings(config)
+        config.require_only_edits()
         return
     if spec.mask_token_id is not None:
         Plan(config, spec)

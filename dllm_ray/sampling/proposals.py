@@ -65,17 +65,23 @@ def propose(
     Returns:
         [N] tokens, [N] float32 confidences.
     """
-    greedy = rules.uniform_N is None
     if rules.confidence == PLAIN:
-        mask_logit_N = logits_NV[:, mask_token_id].clone()
-        logits_NV[:, mask_token_id] = -torch.inf
-        tokens_N = likeliest(logits_NV) if greedy else _draw(logits_NV, rules)
-        logits_NV[:, mask_token_id] = mask_logit_N
+        tokens_N = choose(logits_NV, rules, mask_token_id)
         suppress(logits_NV, last_resort)
         return tokens_N, probability(logits_NV, tokens_N)
+    greedy = rules.uniform_N is None
     if greedy and rules.top_p_N is rules.top_k_N is None and rules.confidence == CHOSEN:
         return propose(logits_NV, Rules(), mask_token_id)
     return _shaped(logits_NV, rules, mask_token_id)
+
+
+def choose(logits_NV: Tensor, rules: Rules, mask_token_id: int) -> Tensor:
+    """[N] the tokens of `propose` alone, where confidence is PLAIN. Logits stay as they are."""
+    mask_logit_N = logits_NV[:, mask_token_id].clone()
+    logits_NV[:, mask_token_id] = -torch.inf
+    tokens_N = likeliest(logits_NV) if rules.uniform_N is None else _draw(logits_NV, rules)
+    logits_NV[:, mask_token_id] = mask_logit_N
+    return tokens_N
 
 
 def probability(logits_NV: Tensor, tokens_N: Tensor) -> Tensor:

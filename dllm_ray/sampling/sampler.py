@@ -4,6 +4,7 @@ import dataclasses
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,19 +14,24 @@ from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.sampling import uniform_noise
 from dllm_ray.sampling.batch import Row
 from dllm_ray.sampling.config import SamplerConfig
-from dllm_ray.sampling.edit_flow import EditEngine, check_settings
 from dllm_ray.sampling.engine import Commit, Engine, plan_for
 from dllm_ray.sampling.noise import mix
 from dllm_ray.sampling.output import OnCommit, SampleOutput, until_stop
 from dllm_ray.sampling.plan import Plan
 
+if TYPE_CHECKING:
+    from dllm_ray.sampling.edit_flow import EditEngine
+
 
 def engine_for(
     lm: DiffusionLM, max_rows: int | None = None, trace: bool = False, events: bool = False
-) -> Engine | EditEngine:
+) -> "Engine | EditEngine":
     """What denoises rows of a model step by step: arguments as of `Engine`."""
-    make = Engine if lm.spec.edit_heads is None else EditEngine
-    return make(lm, max_rows, trace, events)
+    if lm.spec.edit_heads is None:
+        return Engine(lm, max_rows, trace, events)
+    from dllm_ray.sampling.edit_flow import EditEngine  # with a compiler, which other models can do without
+
+    return EditEngine(lm, max_rows, trace, events)
 
 
 class Sampler:
@@ -156,7 +162,7 @@ class Sampler:
         if not self.edits:
             raise ConfigError("the model has no edit heads: only one that was trained with edit_flow revises a draft")
         config, spec = self.config, self.lm.spec
-        check_settings(config)
+        config.require_only_edits()
         _check_rows(prompts)
         first = spec.eos_token_id if spec.bos_token_id is None else spec.bos_token_id
         prompts = [list(prompt) or [first] for prompt in prompts]
@@ -299,7 +305,7 @@ class Sampler:
 
     def _edited_gaps(self, rows: Sequence[Sequence[int]], seeds: Sequence[int] | None) -> list[Row]:
         """Rows of a model that edits, whose gaps begin with up to `start_tokens` of their masks each."""
-        check_settings(self.config)
+        self.config.require_only_edits()
         if self.config.edit_prompt:
             raise ConfigError("what is around a gap stays as it is: leave it out", "edit_prompt")
         _check_rows(rows)

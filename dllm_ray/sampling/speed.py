@@ -115,7 +115,8 @@ class _EditForward:
 
     ids: Tensor
     mask: Tensor | None
-    t: Tensor
+    t: Tensor | None = None
+    """None until the heads are told the time."""
     asked: tuple[Tensor, Tensor] | None = None
     """Hidden states whose tokens were wanted, and which of these were insertions."""
 
@@ -125,7 +126,7 @@ def _record_edits(lm: DiffusionLM, sampler: Sampler, prompts: Sequence[Sequence[
     hidden, at_time, tokens = module.hidden, heads.at_time, module.tokens
 
     def note_hidden(ids, mask=None):
-        calls.append(_EditForward(ids, mask, ids))
+        calls.append(_EditForward(ids, mask))
         return hidden(ids, mask)
 
     def note_time(hidden_BTH, t_B):

@@ -15,8 +15,7 @@ from dllm_ray import chat
 from dllm_ray.config import leaf_types, section, to_dict
 from dllm_ray.errors import ConfigError, DataError, ModelError
 from dllm_ray.models.lm import DiffusionLM
-from dllm_ray.sampling.config import EDIT_FIELDS, SamplerConfig
-from dllm_ray.sampling.edit_flow import check_settings
+from dllm_ray.sampling.config import EDIT_FIELDS, READ_BY_EDITS, SamplerConfig
 from dllm_ray.sampling.engine import Row
 from dllm_ray.sampling.kv_cache import keeps
 from dllm_ray.sampling.sampler import Sampler, row_seeds
@@ -180,15 +179,7 @@ class Writer:
 
     def _reads(self, setting: str) -> bool:
         """Whether a sampler setting means something to this kind of model."""
-        if not self._edits:
-            return setting not in EDIT_FIELDS
-        changed = SamplerConfig()
-        setattr(changed, setting, object())  # anything but the default
-        try:
-            check_settings(changed)
-        except ConfigError:
-            return False
-        return True
+        return setting in READ_BY_EDITS if self._edits else setting not in EDIT_FIELDS
 
     def _unchangeable(self, setting: str) -> "_Refusal":
         known, field = ", ".join(self._fields), _api_name(setting)

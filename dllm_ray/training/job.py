@@ -8,7 +8,7 @@ from dllm_ray.errors import ConfigError
 from dllm_ray.evaluation.config import EvaluateConfig
 from dllm_ray.models.config import LoRAConfig, ModelConfig
 from dllm_ray.objectives.config import ObjectiveConfig
-from dllm_ray.sampling.config import SamplerConfig
+from dllm_ray.sampling.config import READ_BY_EDITS, SamplerConfig
 from dllm_ray.tracking import TrackingConfig
 from dllm_ray.training.config import TrainConfig
 from dllm_ray.training.strategies import check
@@ -122,20 +122,14 @@ def _of_edits(sampler: SamplerConfig, path: str | None, kappa: str) -> SamplerCo
         ConfigError: a setting of the user's own has no meaning for a model that edits.
     """
     from dllm_ray.models.defaults import sampler_settings
-    from dllm_ray.sampling.edit_flow import check_settings  # heavy, and for this objective only
 
     defaults, given = SamplerConfig(), to_dict(sampler)
     meaningless = {}
     for name, value in (sampler_settings(path) if path else {}).items():
-        alone = SamplerConfig()
-        setattr(alone, name, value)  # without the checks of combinations
-        try:
-            check_settings(alone)
-        except ConfigError:
-            if given.get(name) == value:
-                meaningless[name] = getattr(defaults, name)
+        if name not in READ_BY_EDITS and given.get(name) == value:
+            meaningless[name] = getattr(defaults, name)
     sampler = replace(sampler, **meaningless)
-    check_settings(sampler)
+    sampler.require_only_edits()
     if sampler.kappa not in (defaults.kappa, kappa):
         raise ConfigError(
             f"the model learns rates of objective.kappa {kappa}, got {sampler.kappa}: leave it out", "kappa"

@@ -59,6 +59,18 @@ def test_decoding_algorithms_are_measured_beside_their_forwards(tmp_path):
 
 
 @pytest.mark.slow
+def test_random_weights_get_edit_heads_where_all_algorithms_edit(tmp_path):
+    path = tmp_path / "figures.json"
+    small = ["--prompt_tokens", "8", "--new_tokens", "8", "--rounds", "1", "--threads", "1", "--batch_sizes", "[2]"]
+    small += ["--model.scratch.hidden_size", "32", "--model.scratch.num_hidden_layers", "1"]
+    done = benchmark("sample", "--algorithms", "[edit_flow, edit_flow_adaptive]", *small, "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["algorithm"] for row in rows] == ["edit_flow", "edit_flow_adaptive"]
+    assert all(row["ratio"] > 0 and row["nfe"] > 1 for row in rows)
+
+
+@pytest.mark.slow
 def test_likelihoods_are_measured_beside_their_forwards(tmp_path):
     path = tmp_path / "figures.json"
     small = ["--requests", "3", "--lengths", "[[6, 2], [4, 9]]", "--likelihood.mc_num", "8", "--rounds", "1"]

@@ -13,7 +13,8 @@ from dllm_ray.errors import ConfigError, ModelError
 from dllm_ray.models import edit_heads
 from dllm_ray.objectives.schedules import edit_share, kappa_schedule
 from dllm_ray.sampling import Sampler, SamplerConfig
-from dllm_ray.sampling.edit_flow import EditEngine, _State
+from dllm_ray.sampling.edit_flow import EditEngine
+from dllm_ray.sampling.edit_state import State
 from dllm_ray.sampling.noise import DELETE, EDIT, INSERT, uniform
 
 PROMPTS = [[10, 20, 30], [40], [11, 12, 13, 14, 15, 16, 17, 18], [50, 60]]
@@ -207,7 +208,7 @@ def test_every_schedule_makes_all_its_edits(make_edits, kappa, steps, probabilit
 @pytest.mark.parametrize("kappa", ["linear", "cubic", "cosine"])
 def test_no_edit_of_a_longer_step_is_more_probable_than_asked_for(lm, kappa):
     rows = Sampler(lm, config(kappa=kappa, steps=1000, edit_probability=0.2)).rows(PROMPTS, range(4))
-    state = _State.of(rows, 0)
+    state = State.of(rows, 0)
     fastest = np.array([0.1, 1.0, 3.0, 0.0])
     share, time = state.schedule(np.arange(4), fastest, 400)
     assert (np.diff(time, axis=1) >= 0).all()

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_ray.sampling.noise import ORDER, TOKEN, mix, uniform, uniform_of_one
+from dllm_ray.sampling.compiled_noise import uniform_of_one
+from dllm_ray.sampling.noise import ORDER, TOKEN, mix, uniform
 
 words = st.integers(-(2**63), 2**63 - 1)
 
