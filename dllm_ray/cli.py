@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dllm_ray import cluster_file
 from dllm_ray.config import parse, to_dict
 from dllm_ray.errors import DllmRayError
 from dllm_ray.output import printable
@@ -35,7 +36,8 @@ def run_job(job: type[T], main: Callable[[T], None], description: str, argv: lis
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator" not in record.getMessage())
     try:
         argv = sys.argv[1:] if argv is None else argv
-        main(parse(job, argv, f"python jobs/{Path(sys.argv[0]).name}", description, {"sampler": _sampler_of_the_model}))
+        prog = f"python jobs/{Path(sys.argv[0]).name}"
+        main(parse(job, argv, prog, description, {"sampler": _sampler_of_the_model}, _cluster))
     except DllmRayError as error:
         print_error(error)
         return error.exit_status
@@ -48,6 +50,12 @@ def run_job(job: type[T], main: Callable[[T], None], description: str, argv: lis
 def print_error(error: DllmRayError) -> None:
     """Tells the user. What a message quotes may be broken Unicode, or try to command the terminal."""
     print(printable(f"error: {error}").encode(errors="backslashreplace").decode(), file=sys.stderr)
+
+
+def _cluster(path: str | None) -> cluster_file.ClusterFile | None:
+    """The file that an option or the environment names."""
+    path = path or os.environ.get(cluster_file.VARIABLE)
+    return cluster_file.ClusterFile(path) if path else None
 
 
 def _sampler_of_the_model(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -25,12 +25,25 @@ T = TypeVar("T")
 _CREDENTIALS = re.compile(r"(\w://)[^/@\s]+@")  # user:password@ of a URL
 
 
+class Cluster(typing.Protocol):
+    """What a file that `--cluster` names says."""
+
+    def settings(self, names: Collection[str]) -> dict[str, Any]:
+        """Values for some of a job's settings, whose dotted names are given."""
+        ...
+
+    def places(self, given: Mapping[str, Any]) -> dict[str, str]:
+        """Other values for those of a job's settings that name a place; both by dotted name."""
+        ...
+
+
 def parse(
     job: type[T],
     argv: list[str],
     prog: str,
     description: str,
     defaults: Mapping[str, Callable[[Mapping[str, Any]], Mapping]] | None = None,
+    cluster: Callable[[str | None], Cluster | None] | None = None,
 ) -> T:
     """Reads the settings of one job.
 
@@ -44,6 +57,8 @@ def parse(
         defaults: section -> a function that, given what files and command line set (dotted name -> value), returns
             values for it that both of them override, e.g. those that come with the chosen model. Sections that the job
             doesn't have are left alone.
+        cluster: reads the file that `--cluster FILE` names, which wins over other files; called with None where the
+            option is missing. None: the option is without effect.
 
     Returns:
         An instance of `job`, validated by the `__post_init__` of its parts.
@@ -54,12 +69,17 @@ def parse(
     """
     parser = _build_parser(job, prog, description)
     keys = leaf_types(job)
-    files, overrides, print_config = _split_argv(argv, keys)
-    tree: dict[str, Any] = {}
-    for file in files:
+    words = _split_argv(argv, keys)
+    overrides, tree = words.overrides, {}
+    for file in words.files:
         loaded = load_yaml(Path(file))
         _check_keys(loaded, job, where=file)
         tree = merge(tree, loaded)
+    placed = None if cluster is None else cluster(words.cluster)
+    if placed is not None:
+        tree = merge(tree, placed.settings(keys))
+        places = placed.places(_plain_defaults(job) | _given(tree, overrides))
+        overrides = [*overrides, *(f"--{name}={place}" for name, place in places.items())]
     given = _given(tree, overrides)
     sections = typing.get_type_hints(job)
     tree = merge({name: find(given) for name, find in (defaults or {}).items() if name in sections}, tree)
@@ -74,7 +94,7 @@ def parse(
         if keys.get(key) == (str | None) and isinstance(value, str):
             namespace[key] = value  # as it was given: the parser would read `# title` or `~` as null
     settings = instantiate(job, namespace)
-    if print_config:
+    if words.print_config:
         print(to_yaml(settings), end="")
         raise SystemExit(0)
     return settings
@@ -281,6 +301,11 @@ def _given(tree: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
     return given
 
 
+def _plain_defaults(job: type) -> dict[str, Any]:
+    """Dotted name -> default of the fields that the job itself has."""
+    return {field.name: field.default for field in dataclasses.fields(job) if isinstance(field.default, str)}
+
+
 def _build_parser(job: type, prog: str, description: str):
     import jsonargparse
 
@@ -297,37 +322,51 @@ def _build_parser(job: type, prog: str, description: str):
         exit_on_error=False,
     )
     parser.add_argument("--config", help="YAML file of settings; may be repeated, later files win.")
+    parser.add_argument("--cluster", help="YAML file of a cluster's resources and storage; wins over --config.")
     parser.add_argument("--print_config", help="Print the resolved settings as YAML, and stop.", action="store_true")
     parser.add_class_arguments(job, as_group=False)
-    keys = {*leaf_types(job), "config", "print_config", "help"}
+    keys = {*leaf_types(job), "config", "cluster", "print_config", "help"}
     for action in parser._actions:
         if action.dest not in keys:  # jsonargparse's own option for a whole section; ours are `include` and --config
             action.help = argparse.SUPPRESS
     return parser
 
 
-def _split_argv(argv: list[str], keys: Mapping[str, Any]) -> tuple[list[str], list[str], bool]:
-    """Splits the command line into settings files, overrides (unknown ones refused) and `--print_config`."""
-    files, overrides, print_config = [], [], False
+@dataclasses.dataclass
+class _Words:
+    """A command line."""
+
+    files: list[str] = dataclasses.field(default_factory=list)
+    """Of `--config`."""
+    cluster: str | None = None
+    """Of `--cluster`."""
+    overrides: list[str] = dataclasses.field(default_factory=list)
+    """`--name=value`, of names that there are."""
+    print_config: bool = False
+
+
+def _split_argv(argv: list[str], keys: Mapping[str, Any]) -> _Words:
+    """Splits the command line; unknown options are refused."""
+    found = _Words()
     position = 0
     while position < len(argv):
         word = argv[position]
         position += 1
         if word in ("-h", "--help"):
-            overrides.append(word)
+            found.overrides.append(word)
             continue
         if not word.startswith("--"):
             raise ConfigError(f"unexpected argument {word!r}; settings are given as --section.field VALUE")
         name, has_value, value = word[2:].partition("=")
         name = _with_underscores(name, keys)
         if name == "print_config":
-            print_config = True
+            found.print_config = True
             continue
         plain = name.removesuffix("+")
         if not _is_option(name, keys):
             if any(key.startswith(f"{plain}.") for key in keys):
                 raise ConfigError(f"--{name} is a section: set its fields one by one, as --{name}.FIELD VALUE")
-            raise ConfigError(f"unknown option --{name}{_nearest(plain, keys)}")
+            raise ConfigError(f"unknown option --{name}{nearest(plain, keys)}")
         if not has_value:
             following = argv[position] if position < len(argv) else None
             if following is None or following.startswith("--"):
@@ -338,10 +377,12 @@ def _split_argv(argv: list[str], keys: Mapping[str, Any]) -> tuple[list[str], li
                 value = following
                 position += 1
         if name == "config":
-            files.append(value)
+            found.files.append(value)
+        elif name == "cluster":
+            found.cluster = value
         else:
-            overrides.append(f"--{name}={value}")
-    return files, overrides, print_config
+            found.overrides.append(f"--{name}={value}")
+    return found
 
 
 def _check_keys(tree: Mapping[str, Any], cls: type, where: str, prefix: str = "") -> None:
@@ -352,7 +393,7 @@ def _check_keys(tree: Mapping[str, Any], cls: type, where: str, prefix: str = ""
             nested = str(key).replace(".", ": {") + ": ..." + "}" * str(key).count(".")
             raise ConfigError(f"{where}: {prefix}{key}: dots are for the command line, write `{nested}`")
         if key not in hints:
-            near = _nearest(str(key), [*hints, *keys], prefix)
+            near = nearest(str(key), [*hints, *keys], prefix)
             raise ConfigError(f"{where}: unknown key {prefix + str(key)!r}{near}")
         if value is None and key in keys and type(None) not in typing.get_args(hints[key]):
             raise ConfigError(f"expected {_describe(hints[key])}, got null", prefix + str(key))
@@ -369,7 +410,7 @@ def _check_keys(tree: Mapping[str, Any], cls: type, where: str, prefix: str = ""
 
 def _is_option(name: str, keys: Mapping[str, Any]) -> bool:
     plain = name.removesuffix("+")
-    return name in ("config", "print_config") or plain in keys or _inside_mapping(plain, keys)
+    return name in ("config", "cluster", "print_config") or plain in keys or _inside_mapping(plain, keys)
 
 
 def _with_underscores(name: str, keys: Mapping[str, Any]) -> str:
@@ -383,7 +424,7 @@ def _inside_mapping(name: str, keys: Mapping[str, Any]) -> bool:
     return typing.get_origin(keys.get(name.rpartition(".")[0])) is dict
 
 
-def _nearest(name: str, keys: Iterable[str], prefix: str = "") -> str:
+def nearest(name: str, keys: Iterable[str], prefix: str = "") -> str:
     """'; did you mean ...?' with the valid key nearest in spelling, by whole name or by its last part."""
     keys = list(keys)
     whole = difflib.get_close_matches(name, keys, n=1, cutoff=0.6)

@@ -35,6 +35,9 @@ class TrackingConfig:
     """MLflow tracking server or database; null: `mlruns.db` (SQLite) and `mlartifacts/` in the output folder."""
     experiment: str = "dllm_ray"
     """MLflow experiment."""
+    artifacts: str | None = None
+    """Folder or URL (`s3://...`) of the artifacts of a new experiment; null: `mlartifacts/` beside a SQLite database,
+    else as the server says."""
     run_name: str | None = None
     """Name of the run; null: the job and the output folder."""
 
@@ -178,7 +181,7 @@ def start(
         OutputError: the tracking store can't be reached or written.
     """
     uri = tracking.uri or default_uri(output_dir)
-    client, experiment = _open(uri, tracking.experiment)
+    client, experiment = _open(uri, tracking.experiment, tracking.artifacts)
     name = tracking.run_name or f"{job} {output_dir.name}"
     run_tags = {
         "dllm_ray.job": job,
@@ -277,14 +280,13 @@ def ui_command(uri: str) -> str:
     return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
 
 
-def _open(uri: str, experiment: str):
+def _open(uri: str, experiment: str, artifacts: str | None = None):
     with _patient(uri), _one_at_a_time(uri):
         client = _client(uri)
         found = client.get_experiment_by_name(experiment)
         if found is not None:
             return client, found.experiment_id
-        artifacts = None
-        if uri.startswith(_SQLITE):  # beside the database, wherever the job was started
+        if artifacts is None and uri.startswith(_SQLITE):  # beside the database, wherever the job was started
             artifacts = (Path(uri.removeprefix(_SQLITE)).resolve().parent / "mlartifacts").as_uri()
         return client, client.create_experiment(experiment, artifact_location=artifacts)
 
