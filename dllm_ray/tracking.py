@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import tempfile
 import time
@@ -19,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from dllm_ray.config import flatten, to_yaml, without_credentials, without_secrets
-from dllm_ray.errors import DllmRayError, ModelError, OutputError, first_line
+from dllm_ray.errors import ConfigError, DllmRayError, ModelError, OutputError, first_line
 
 _PACKAGES = ("dllm-ray", "torch", "transformers", "ray", "datasets", "lm-eval", "mlflow", "numpy", "tokenizers", "peft")
 _SQLITE = "sqlite:///"
+_DATABASE = re.compile(r"(postgresql|mysql|mssql)(\+\w+)?://")
+_LOCK = 0x646C6C6D  # of ours, among the advisory locks of a PostgreSQL database
 _PARAM_LIMIT = 6000  # characters that MLflow stores of a parameter
 _FAILURE = "dllm_ray.failure"  # tag: why a run broke off
 
@@ -37,7 +40,7 @@ class TrackingConfig:
     """MLflow experiment."""
     artifacts: str | None = None
     """Folder or URL (`s3://...`) of the artifacts of a new experiment; null: `mlartifacts/` beside a SQLite database,
-    else as the server says."""
+    or as the server says. Other databases need one."""
     run_name: str | None = None
     """Name of the run; null: the job and the output folder."""
 
@@ -288,6 +291,8 @@ def _open(uri: str, experiment: str, artifacts: str | None = None):
             return client, found.experiment_id
         if artifacts is None and uri.startswith(_SQLITE):  # beside the database, wherever the job was started
             artifacts = (Path(uri.removeprefix(_SQLITE)).resolve().parent / "mlartifacts").as_uri()
+        if artifacts is None and _DATABASE.match(uri):
+            raise ConfigError("name a folder or URL that all nodes reach: a database holds none", "tracking.artifacts")
         return client, client.create_experiment(experiment, artifact_location=artifacts)
 
 
@@ -324,7 +329,15 @@ def _patient(uri: str) -> Iterator[None]:
 
 @contextmanager
 def _one_at_a_time(uri: str) -> Iterator[None]:
-    """Keeps others out while a database file is made: two that make its tables at once would both fail."""
+    """Keeps others out while a database is set up: of two that make its tables at once, one would fail."""
+    if uri.startswith("postgresql"):
+        import sqlalchemy
+
+        engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
+        with engine.connect() as connection:  # the lock ends with the connection
+            connection.execute(sqlalchemy.select(sqlalchemy.func.pg_advisory_lock(_LOCK)))
+            yield
+        return
     if not uri.startswith(_SQLITE):
         yield
         return

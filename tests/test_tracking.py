@@ -1,29 +1,45 @@
-"""MLflow on SQLite: what a run records, and how it ends."""
+"""MLflow on SQLite and on PostgreSQL: what a run records, and how it ends."""
 
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 from mlflow import MlflowClient
+from postgres_testing import postgres
 
 from dllm_ray import tracking
-from dllm_ray.errors import DataError, OutputError
+from dllm_ray.errors import ConfigError, DataError, OutputError
 from dllm_ray.tracking import TrackingConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Path:
+@dataclass
+class Store:
+    """Where runs of a test are recorded."""
+
+    folder: Path
+    """The output folder."""
+    tracking: TrackingConfig
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def store(request, tmp_path_factory) -> Store:
     """One database for all tests here: creating one takes seconds."""
-    return tmp_path_factory.mktemp("tracking")
+    folder = tmp_path_factory.mktemp("tracking")
+    if request.param == "sqlite":
+        yield Store(folder, TrackingConfig())
+        return
+    with postgres() as uri:
+        yield Store(folder, TrackingConfig(uri=uri, artifacts=str(folder / "artifacts")))
 
 
 def open_run(store, job="sft", settings=None, tags=None, **more):
-    return tracking.start(job, settings or {"seed": 0}, store, TrackingConfig(), tags or {}, **more)
+    return tracking.start(job, settings or {"seed": 0}, store.folder, store.tracking, tags or {}, **more)
 
 
 def read(run):
@@ -35,13 +51,16 @@ def artifact(run, name):
     return Path(client.download_artifacts(run.run_id, name)).read_text(encoding="utf-8")
 
 
-def test_the_database_and_its_artifacts_lie_in_the_output_folder(store):
+def test_the_database_and_its_artifacts_lie_in_the_output_folder_unless_told_otherwise(store):
     with open_run(store) as run:
         run.text("note.txt", "hello")
-    assert run.uri == f"sqlite:///{store}/mlruns.db"
-    assert (store / "mlruns.db").is_file()
     assert artifact(run, "note.txt") == "hello"
-    assert list((store / "mlartifacts").rglob("note.txt"))
+    if store.tracking.uri is None:
+        assert run.uri == f"sqlite:///{store.folder}/mlruns.db"
+        assert (store.folder / "mlruns.db").is_file()
+        assert list((store.folder / "mlartifacts").rglob("note.txt"))
+    else:
+        assert list((store.folder / "artifacts").rglob("note.txt"))
 
 
 def test_settings_become_parameters_and_a_file_that_reads_back(store):
@@ -158,7 +177,8 @@ def test_work_on_a_model_is_recorded_where_it_was_trained_if_that_is_still_there
 
 def test_a_database_that_can_not_be_opened_is_named(tmp_path):
     (tmp_path / "mlruns.db").write_text("not a database, although long enough to be mistaken for one" * 20)
-    with pytest.raises(OutputError, match=r"tracking\.uri .*mlruns\.db can't be used"), open_run(tmp_path):
+    broken = Store(tmp_path, TrackingConfig())
+    with pytest.raises(OutputError, match=r"tracking\.uri .*mlruns\.db can't be used"), open_run(broken):
         pass
 
 
@@ -184,20 +204,56 @@ import mlflow.store.tracking.sqlalchemy_store  # the slow part, so that all begi
 from dllm_ray import tracking
 print("ready", flush=True)
 sys.stdin.readline()
-with tracking.start("sample", {}, Path(sys.argv[1]), tracking.TrackingConfig(), {}) as run:
-    print(run.run_id)
+folder, uri, artifacts, points = sys.argv[1:]
+settings = tracking.TrackingConfig(uri=uri or None, artifacts=artifacts or None)
+with tracking.start("sample", {"seed": 0}, Path(folder), settings, {}) as run:
+    for step in range(int(points)):
+        run.log({"a": step, "b": -step}, step)
+    run.text("note.txt", run.run_id)
+print(run.run_id)
 """
 
 
-def test_runs_that_begin_together_share_a_new_database(tmp_path):
-    command = [sys.executable, "-c", BEGIN, str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command, **pipes, cwd=ROOT) for _ in range(3)]
-    for process in processes:
+def begin_together(folder, settings, processes, points) -> list[str]:
+    """Runs of as many processes that begin at once and log at once; their ids."""
+    words = [sys.executable, "-c", BEGIN, str(folder), settings.uri or "", settings.artifacts or "", str(points)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen(words, **pipes, cwd=ROOT) for _ in range(processes)]
+    for process in started:
         assert process.stdout.readline() == "ready\n"
-    for process in processes:
+    for process in started:
         process.stdin.write("go\n")
         process.stdin.flush()
-    found = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0]
-    assert len(set(found)) == 3
+    told = [process.communicate() for process in started]
+    assert [process.returncode for process in started] == [0] * processes, told
+    assert not any("Traceback" in errors or "ERROR" in errors for _, errors in told), told
+    return [output.strip() for output, _ in told]
+
+
+def check_all(uri: str, run_ids: list[str], points: int) -> None:
+    client = MlflowClient(tracking_uri=uri)
+    assert len(set(run_ids)) == len(run_ids)
+    for run_id in run_ids:
+        assert client.get_run(run_id).info.status == "FINISHED"
+        assert [point.value for point in client.get_metric_history(run_id, "b")] == [-step for step in range(points)]
+        assert Path(client.download_artifacts(run_id, "note.txt")).read_text() == run_id
+
+
+def test_runs_that_begin_together_share_a_new_database(tmp_path):
+    run_ids = begin_together(tmp_path, TrackingConfig(), 3, 5)
+    check_all(f"sqlite:///{tmp_path}/mlruns.db", run_ids, 5)
+
+
+@pytest.mark.slow
+def test_eight_processes_share_a_new_database_of_postgresql(tmp_path):
+    with postgres() as uri:
+        settings = TrackingConfig(uri=uri, artifacts=str(tmp_path / "artifacts"))
+        run_ids = begin_together(tmp_path, settings, 8, 50)
+        check_all(uri, run_ids, 50)
+        nowhere = TrackingConfig(uri=uri, experiment="another")
+        with (
+            pytest.raises(ConfigError, match=r"tracking\.artifacts: name a folder or URL"),
+            tracking.start("sft", {}, tmp_path, nowhere, {}),
+        ):
+            pass
+        assert MlflowClient(tracking_uri=uri).get_experiment_by_name("another") is None
