@@ -24,11 +24,11 @@ quickstart: install
 test test-fast: export OMP_NUM_THREADS = 1
 
 test: install
-	$(BIN)/python -m pytest -n 3 --dist loadfile --max-worker-restart 0
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # Without the tests that start Ray or train.
 test-fast: install
-	$(BIN)/python -m pytest -n 3 --dist loadfile --max-worker-restart 0 -m "not slow"
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -m "not slow"
 
 lint: install
 	$(BIN)/ruff check .
