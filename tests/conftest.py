@@ -25,7 +25,7 @@ settings.load_profile("untimed")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("DLLM_RAY_SHARED", ROOT.parent / "shared"))
-"""Reference numbers (`golden/`) and real data sets (`data/`), beside the checkout."""
+"""Reference numbers (`golden/`), real data sets (`data/`) and schemas (`facts/`), beside the checkout."""
 
 TEXTS = ["reverse 123456", "sort 987", "the quick brown fox jumps over the lazy dog", "Hello! Ça va? 日本語 🙂"] * 8
 
@@ -79,6 +79,12 @@ def golden_lm(golden):
 def real_data() -> Path:
     """The folder of real data sets."""
     return _at_hand("data")
+
+
+@pytest.fixture(scope="session")
+def facts() -> Path:
+    """The folder of published facts and schemas."""
+    return _at_hand("facts")
 
 
 @pytest.fixture(autouse=True)
