@@ -1,6 +1,6 @@
 """Ray Train around the loop: places workers, feeds them, keeps checkpoints, restarts after failures.
 
-Workers talk to the driver through a small actor, `_Mailbox`: metrics, validation results, sample texts. So the driver
+Workers talk to the driver through a small actor, `Mailbox`: metrics, validation results, sample texts. So the driver
 alone draws progress and writes to the tracking store, wherever the workers are. The other way, it carries the wish to
 stop: after an interrupt the workers save a checkpoint and end.
 """
@@ -42,6 +42,7 @@ from dllm_ray.sampling.config import SamplerConfig
 from dllm_ray.training import checkpoint as checkpoints
 from dllm_ray.training.config import TrainConfig
 from dllm_ray.training.loop import Batch, StepResult, train_steps, validate
+from dllm_ray.training.mailbox import Event, Mailbox
 from dllm_ray.training.meter import Meter, peak_memory_gb
 from dllm_ray.training.strategies import wrap
 from dllm_ray.training.strategies.base import Strategy
@@ -56,10 +57,6 @@ _VALIDATION = 1 << 40  # keeps what the objective draws for validation rows apar
 
 _MOST_SKIPPED = 10
 """Steps in a row that may be left out for a gradient that isn't finite, before the run has diverged."""
-
-Event = dict[str, Any]
-"""What a worker tells the driver: `kind` (start, metrics, valid, checkpoint, not_finite, user_error), `step`, and
-values."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +114,7 @@ def fit(
             before training began.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    mailbox = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()  # another node may be lost
+    mailbox = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()  # another node may be lost
     scored = {"checkpoint_score_attribute": "valid_nll", "checkpoint_score_order": "min"} if len(task.valid) else {}
     resources = {"CPU": shares.cpus} | ({"GPU": shares.gpus} if shares.gpus else {})
     trainer = ray.train.torch.TorchTrainer(
@@ -212,33 +209,6 @@ def _cause(traceback: str) -> str:
     named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit)\b", line)]
     ours = [line.partition(": ")[2] for line in named if line.startswith(DllmRayError.__module__)]
     return (ours or named or lines)[-1]
-
-
-class _Mailbox:
-    """Carries events from workers to the driver; never blocks either."""
-
-    def __init__(self):
-        self._events: list[Event] = []
-        self._stop = False
-
-    def post(self, event: Event) -> None:
-        self._events.append(event)
-
-    def drain(self) -> list[Event]:
-        events, self._events = self._events, []
-        return events
-
-    def waiting(self) -> int:
-        """Events that the driver has not taken yet."""
-        return len(self._events)
-
-    def stop(self) -> None:
-        """The driver wants the workers to save a checkpoint and end."""
-        self._stop = True
-
-    def stopping(self) -> bool:
-        """Whether it does."""
-        return self._stop
 
 
 def _train_worker(config: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ TINY = {
     "sampler.max_new_tokens": "8",
     "sampler.block_size": "8",
     "sampler.steps": "8",
+    "observe.sample_rows": "0",
 }
 
 

@@ -190,7 +190,6 @@ def poisoned(tmp_path_factory) -> dict[str, str]:
         "data__valid_path": "null",
         "train__epochs": "1",
         "train__max_steps": "null",
-        "observe__sample_rows": "0",
     }
 
 

@@ -153,7 +153,7 @@ def test_an_adapter_on_4_bits_is_trained_on_a_model_that_stays_as_it_is_and_is_e
 
 
 def test_runs_in_one_storage_keep_apart_and_fresh_starts_over(tmp_path):
-    few = {"train__max_steps": "4", "train__workers": "1", "data__valid_rows": "0", "observe__sample_rows": "0"}
+    few = {"train__max_steps": "4", "train__workers": "1", "data__valid_rows": "0"}
     store = {"train__storage_path": str(tmp_path / "store")}
     for changes in ({}, {"fresh": "true"}):
         done = train(tmp_path / "a", **few, **store, **changes)
