@@ -54,6 +54,12 @@ class EvaluationError(DllmRayError):
     """A task or its data can't be evaluated."""
 
 
+class EnvironmentFaults(DllmRayError):
+    """A machine or cluster isn't fit for jobs."""
+
+    exit_status = 1
+
+
 class ServerError(DllmRayError):
     """A server can't be reached, refuses a request, or breaks off its answer.
 

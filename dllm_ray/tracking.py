@@ -9,9 +9,11 @@ import logging
 import os
 import platform
 import re
+import secrets
 import subprocess
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -277,6 +279,79 @@ def _recorded(client, run) -> Recorded:
     )
 
 
+def probe(tracking: TrackingConfig) -> dict[str, Any]:
+    """Tries a tracking store: a run and an artifact are written, read and deleted. Where the experiment isn't there
+    yet, they are in one that is deleted too.
+
+    Args:
+        tracking: the store, whose `uri` is needed, and the experiment.
+
+    Returns:
+        `server`, `client`: MLflow's versions, None where it is no server; `where`: the place of artifacts;
+        `artifacts`: why they can't be kept there, or None; `is_new`: there is no such database yet, so that nothing but
+        its folder was tried.
+
+    Raises:
+        OutputError: the store can't be reached, read or written.
+    """
+    uri = tracking.uri
+    found = {"server": None, "client": version("mlflow"), "where": None, "artifacts": None, "is_new": False}
+    if uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE)).is_file():
+        folder = Path(uri.removeprefix(_SQLITE)).resolve().parent
+        if not os.access(folder, os.W_OK):
+            raise OutputError(f"tracking.uri {uri}: {folder} isn't there, or can't be written")
+        return found | {"is_new": True}
+    with _patient(uri):
+        with _one_at_a_time(uri):
+            client = _client(uri)
+            known = client.get_experiment_by_name(tracking.experiment)
+        name = f"dllm_ray doctor {secrets.token_hex(8)}"
+        experiment = known.experiment_id if known else client.create_experiment(name, _place(uri, tracking.artifacts))
+        try:
+            run = client.create_run(experiment, run_name="doctor", tags={"dllm_ray.job": "doctor"})
+            try:
+                client.log_metric(run.info.run_id, "doctor", 1.0)
+                if client.get_run(run.info.run_id).data.metrics != {"doctor": 1.0}:
+                    raise OutputError(f"tracking.uri {without_credentials(uri)} doesn't give back what was written")
+                found["where"] = run.info.artifact_uri
+                found["artifacts"] = _try_artifacts(client, run.info)
+            finally:
+                client.set_terminated(run.info.run_id)
+                client.delete_run(run.info.run_id)
+        finally:
+            if known is None:
+                client.delete_experiment(experiment)
+    if uri.startswith("http"):
+        found["server"] = _server_version(uri)
+    return found
+
+
+def _try_artifacts(client, info) -> str | None:
+    """Why artifacts of a run can't be kept; None: they can."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    try:
+        client.log_text(info.run_id, "doctor", "doctor.txt")
+        with tempfile.TemporaryDirectory() as folder:
+            if Path(client.download_artifacts(info.run_id, "doctor.txt", folder)).read_text() != "doctor":
+                return "an artifact comes back as another"
+    except Exception as error:  # each kind of storage has its own
+        return first_line(error)
+    with suppress(Exception):  # some servers delete none
+        get_artifact_repository(info.artifact_uri, tracking_uri=client.tracking_uri).delete_artifacts()
+    return None
+
+
+def _server_version(uri: str) -> str | None:
+    """The version that a tracking server tells; None: it doesn't."""
+    try:
+        with urllib.request.urlopen(f"{without_credentials(uri).rstrip('/')}/version", timeout=20) as answer:
+            told = answer.read(100).decode().strip()
+    except (OSError, ValueError):
+        return None
+    return told if re.fullmatch(r"\d+\.\d+[\w.]*", told) else None
+
+
 def ui_command(uri: str) -> str:
     """The command that opens the MLflow UI over a tracking store, or the address of a server."""
     uri = without_credentials(uri)
@@ -289,11 +364,20 @@ def _open(uri: str, experiment: str, artifacts: str | None = None):
         found = client.get_experiment_by_name(experiment)
         if found is not None:
             return client, found.experiment_id
-        if artifacts is None and uri.startswith(_SQLITE):  # beside the database, wherever the job was started
-            artifacts = (Path(uri.removeprefix(_SQLITE)).resolve().parent / "mlartifacts").as_uri()
-        if artifacts is None and _DATABASE.match(uri):
-            raise ConfigError("name a folder or URL that all nodes reach: a database holds none", "tracking.artifacts")
-        return client, client.create_experiment(experiment, artifact_location=artifacts)
+        return client, client.create_experiment(experiment, artifact_location=_place(uri, artifacts))
+
+
+def _place(uri: str, artifacts: str | None) -> str | None:
+    """Where artifacts of a new experiment are kept; None: as the server says.
+
+    Raises:
+        ConfigError: nobody says it.
+    """
+    if artifacts is None and uri.startswith(_SQLITE):  # beside the database, wherever the job was started
+        return (Path(uri.removeprefix(_SQLITE)).resolve().parent / "mlartifacts").as_uri()
+    if artifacts is None and _DATABASE.match(uri):
+        raise ConfigError("name a folder or URL that all nodes reach: a database holds none", "tracking.artifacts")
+    return artifacts
 
 
 def _client(uri: str):

@@ -12,7 +12,7 @@ from dllm_ray.cli import run_job
 from dllm_ray.config import leaf_types, parse
 
 ROOT = Path(__file__).resolve().parents[1]
-SFT, PRETRAIN, SAMPLE, CHAT, SERVE, EVALUATE, SWEEP, COMPARE, CONVERT, BENCHMARK, *OTHER_BENCHMARKS = jobs = (
+SFT, PRETRAIN, SAMPLE, CHAT, SERVE, EVALUATE, SWEEP, COMPARE, CONVERT, DOCTOR, BENCHMARK, *OTHER_BENCHMARKS = jobs = (
     ("sft", "SFTJob"),
     ("pretrain", "PretrainJob"),
     ("sample", "SampleJob"),
@@ -22,6 +22,7 @@ SFT, PRETRAIN, SAMPLE, CHAT, SERVE, EVALUATE, SWEEP, COMPARE, CONVERT, BENCHMARK
     ("sweep", "SweepJob"),
     ("compare", "CompareJob"),
     ("convert", "ConvertJob"),
+    ("doctor", "DoctorConfig"),
     ("benchmark", "TrainBenchmark"),
     ("benchmark", "SampleBenchmark"),
     ("benchmark", "LikelihoodBenchmark"),
@@ -38,6 +39,7 @@ SMALLEST = {
     SWEEP: ["--model.path", "m"],
     COMPARE: ["--tracking.uri", "sqlite:///x.db"],
     CONVERT: ["--model.path", "m", "--output_dir", "out"],
+    DOCTOR: [],
     BENCHMARK: [],
     SAMPLE_BENCHMARK: [],
     LIKELIHOOD_BENCHMARK: [],
