@@ -57,6 +57,8 @@ class Progress:
 
     requests: int
     """All of them; equal ones count once."""
+    kind: str = "generate"
+    """`generate` for texts that are written, `score` for likelihoods."""
     done: int = 0
     """Answered, those from disk included."""
     from_disk: int = 0

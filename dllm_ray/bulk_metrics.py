@@ -6,7 +6,7 @@ from dllm_ray.answers import Progress
 from dllm_ray.metrics import Board, Labels
 
 _SECONDS = [0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0]
-_ASKED = ("task", "setting")
+_ASKED = ("task", "setting", "kind")
 
 
 class BulkMetrics(Board):
@@ -63,11 +63,11 @@ class BulkMetrics(Board):
         Returns:
             What is told of the progress, from its beginning on.
         """
-        tags = {"task": task, "setting": setting}
         began = before = Progress(0)
 
         def tell(now: Progress) -> None:
             nonlocal began, before
+            tags = {"task": task, "setting": setting, "kind": now.kind}
             if now.slices_done == 0:  # what lies on disk is no work of these workers
                 began = before = now
                 self._add(self._answered, now.from_disk, {**tags, "source": "disk"})

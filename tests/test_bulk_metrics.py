@@ -12,7 +12,7 @@ from dllm_ray.bulk_metrics import BulkMetrics
 from dllm_ray.metrics import Board, Labels
 
 LABELS = Labels("evaluate", "run", "model")
-DIGITS = {"task": "digits", "setting": ""}
+DIGITS = {"task": "digits", "setting": "", "kind": "generate"}
 
 
 @pytest.fixture
@@ -72,9 +72,10 @@ def test_answers_from_disk_are_no_work_of_the_workers(bulk, told):
 
 def test_likelihoods_have_no_tokens_per_forward(bulk, told):
     tell = bulk.answering("choice", "fast")
-    tell(Progress(8, slices=1))
-    tell(Progress(8, done=8, slices=1, slices_done=1, noisy=64, seconds=1.0))
-    assert sums(told, "noisy_sequences") == {"": 64} and last(told, "requests_done")[1]["setting"] == "fast"
+    tell(Progress(8, "score", slices=1))
+    tell(Progress(8, "score", done=8, slices=1, slices_done=1, noisy=64, seconds=1.0))
+    assert sums(told, "noisy_sequences") == {"": 64}
+    assert last(told, "requests_done")[1] == {"task": "choice", "setting": "fast", "kind": "score"}
     assert not told["dllm_bulk_tokens_per_forward"]
 
 

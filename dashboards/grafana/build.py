@@ -357,13 +357,13 @@ def evaluation() -> Dashboard:
     """Of jobs/evaluate.py, jobs/sweep.py, and jobs/sample.py with a source of prompts."""
     of = '{command=~"$command", run=~"$run", model=~"$model"}'
     asked = '{command=~"$command", run=~"$run", model=~"$model", task=~"$task"}'
-    name = "{{run}} {{task}} {{setting}}"
+    name = "{{run}} {{task}} {{setting}} {{kind}}"
 
-    def value(metric: str, legend: str = name, by: str = "run, task, setting") -> list[Target]:
+    def value(metric: str, legend: str = name, by: str = "run, task, setting, kind") -> list[Target]:
         return [(f"max by ({by}) (ray_dllm_bulk_{metric}{asked})", legend)]
 
     def share(part: str, whole: str) -> str:
-        by = "run, task, setting"
+        by = "run, task, setting, kind"
         return f"max by ({by}) (ray_dllm_bulk_{part}{asked}) / max by ({by}) (ray_dllm_bulk_{whole}{asked})"
 
     workers = f"sum by (state) (ray_dllm_bulk_workers{of})"

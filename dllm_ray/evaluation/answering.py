@@ -236,7 +236,7 @@ class _Answers(ABC):
         cache = self._cache and self._cache.under({**settings, "dllm_ray": dllm_ray.__version__})
         units = list({unit.key: unit for unit in units}.values())
         answered: dict[str, list[Any]] = {}
-        now = Progress(sum(unit.size for unit in units))
+        now = Progress(sum(unit.size for unit in units), "generate" if form is Answer else "score")
         for unit in units if cache is not None else ():
             entry = cache.get(unit.key)
             if entry is not None:

@@ -86,7 +86,9 @@ def _train(job: TrainingJob, name: str, folder: RunFolder) -> None:
         record = stack.enter_context(tracking.start(name, to_dict(job), folder.path, job.tracking, tags, resume))
         folder.update(mlflow_run=record.run_id)
         record.json("data.json", report.data_facts(prepared))
-        _fit(job, name, folder, prepared, tokenizer, objective, shares, record)
+        labels = Labels(name, tracking.run_name(name, folder.path, job.tracking), _model_name(job))
+        board = stack.enter_context(Board(labels, "train"))
+        _fit(job, name, folder, prepared, tokenizer, objective, shares, record, board)
 
 
 def _objective(job: TrainingJob, spec: DiffusionSpec, tokenizer, context: int | None) -> Objective:
@@ -140,6 +142,7 @@ def _fit(
     objective: Objective,
     shares: cluster.Shares,
     record: tracking.Run,
+    board: Board,
 ) -> None:
     settings = without_secrets(to_dict(job))
     plan = prepared.run(job.train.epochs, job.train.max_steps)
@@ -161,7 +164,7 @@ def _fit(
     )
     stream = TrainStream(prepared.feed, prepared.batching, prepared.padding, plan, shares.data_cpus, objective.pairs)
     watcher = report.Watcher(plan.steps, record, prepared)
-    labels = Labels(name, tracking.run_name(name, folder.path, job.tracking), _model_name(job))
+    metrics = TrainMetrics(board, plan.steps)
     look = Look(job.model, job.sampler, prepared.valid, job.observe.sample_rows, job.observe.evaluation(), job.seed)
     gpus = job.observe.gpus
     observer = Observer(look, shares.data_cpus, free_gpu(shares) if gpus is None else gpus)
@@ -179,9 +182,7 @@ def _fit(
 
     shared = job.train.storage_path
     storage, place = (shared, folder.state["name"]) if shared else (str(folder.path), CHECKPOINTS)
-    with Board(labels, "train") as board:
-        metrics = TrainMetrics(board, plan.steps)
-        last = trainer.fit(task, stream, shares, storage, place, on_events, prepared.where)
+    last = trainer.fit(task, stream, shares, storage, place, on_events, prepared.where)
 
     provenance = {
         "run_id": record.run_id,
