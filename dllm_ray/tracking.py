@@ -92,21 +92,23 @@ class Run:
         tags: Mapping[str, str],
         settings: Mapping[str, Any] | None = None,
         known: str | None = None,
+        nested: bool = True,
     ) -> str:
-        """Records a finished run of its own below this one.
+        """Records a finished run of its own below this one, or beside it.
 
         Args:
             name: of the run.
             metrics, tags: of it.
             settings: its parameters.
             known: id of such a run whose metrics and tags are brought up to date; None: a new one.
+            nested: stand below this one; else beside it, where the UI shows it in lists that are filtered.
 
         Returns:
             Its id.
         """
         from mlflow.entities import Metric, Param, RunTag
 
-        tags = {"mlflow.parentRunId": self.run_id, "mlflow.runName": name, **tags}
+        tags = {**({"mlflow.parentRunId": self.run_id} if nested else {}), "mlflow.runName": name, **tags}
         if known is None:
             experiment = self._client.get_run(self.run_id).info.experiment_id
             run_id = self._client.create_run(experiment, tags=tags).info.run_id
@@ -123,12 +125,13 @@ class Run:
             self._client.set_terminated(run_id, "FINISHED")
         return run_id
 
-    def save_view(self, name: str, columns: Sequence[str], charts: Sequence[str]) -> str:
-        """Saves a view of the runs below this one, for the MLflow UI: it stands under `name` among the saved views of
+    def save_view(self, name: str, runs: str, columns: Sequence[str], charts: Sequence[str]) -> str:
+        """Saves a view of some runs for the MLflow UI: it stands under `name` among the saved views of
         the experiment, in place of an earlier one of that name.
 
         Args:
             name: of the view.
+            runs: filter for its runs, as `search_runs` takes it; none of them nested, which the UI would hide.
             columns: columns of the table, as `metrics.NAME`, `tags.NAME` or `params.NAME`.
             charts: metrics that have a chart.
 
@@ -136,9 +139,9 @@ class Run:
             The address that opens it, of a server that `ui_command` starts.
         """
         experiment = self._client.get_run(self.run_id).info.experiment_id
-        state = _view_state(f"tags.`mlflow.parentRunId` = '{self.run_id}'", columns, charts)
+        state = _view_state(runs, columns, charts)
         if len(state) > _VIEW_LIMIT:  # of many charts; the UI makes them itself where it is told none
-            state = _view_state(f"tags.`mlflow.parentRunId` = '{self.run_id}'", columns, ())
+            state = _view_state(runs, columns, ())
         key = hashlib.sha256(name.encode()).hexdigest()[:16]
         view = {"name": name, "createdAt": int(time.time() * 1000), "state": state}
         self._client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{key}", json.dumps(view))
@@ -245,8 +248,7 @@ def _view_state(runs: str, columns: Sequence[str], charts: Sequence[str]) -> str
     """The state of MLflow's experiment page, in its own packed form.
 
     Args:
-        runs: filter for the runs that are shown.
-        columns, charts: as of `Run.save_view`.
+        runs, columns, charts: as of `Run.save_view`.
     """
     section = "scores"
     drawn = {

@@ -6,7 +6,7 @@
     python jobs/compare.py --tracking.uri http://mlflow:5000 --html /var/www/html/scores.html
 
 Prints a table, and leaves OUTPUT_DIR/compare.md, compare.json, and a page with plots (compare.html, or --html). An
-MLflow run of its own in the same store holds them as well. Below it MLflow has one run for each column; a saved view of
+MLflow run of its own in the same store holds them as well. Beside it MLflow has one run for each column; a saved view of
 the experiment sets them side by side, and the job prints its address.
 """
 
@@ -26,6 +26,7 @@ from dllm_ray.errors import ConfigError, EvaluationError
 from dllm_ray.output import complete_file, may_be_a_file, printable, writable_folder
 from dllm_ray.tracking import TrackingConfig
 
+_COMPARE = "dllm_ray.compare"  # tag: id of the comparison that a column belongs to
 OFFICIAL_SETTINGS = ROOT / "configs" / "evaluate"
 
 
@@ -112,12 +113,12 @@ def _beside_each_other(run, name: str, columns: Mapping) -> str:
     """Records the columns as runs, saves a view of them, and returns its address."""
     for column, held in columns.items():
         tags = {"dllm_ray.job": "compare-column", "dllm_ray.model": held.model, "dllm_ray.score": held.kind}
-        run.child(column, held.scores, tags)
+        run.child(column, held.scores, tags | {_COMPARE: run.run_id}, nested=False)
     metrics = list(dict.fromkeys(metric for held in columns.values() for metric in held.scores))
     scores = [metric for metric in metrics if metric.startswith("score/")]
     differences = [metric for metric in metrics if metric not in scores]
     shown = ["tags.dllm_ray.score", *(f"metrics.{metric}" for metric in scores + differences)]
-    return run.save_view(name, shown, scores)
+    return run.save_view(name, f"tags.`{_COMPARE}` = '{run.run_id}'", shown, scores)
 
 
 def _scores(job: CompareJob):

@@ -180,7 +180,7 @@ class Column:
     kind: str
     """`ours`, `official` or `reproduced`."""
     scores: dict[str, float] = field(default_factory=dict)
-    """`score/<benchmark>`; of ours also `difference/<benchmark>`, in percentage points."""
+    """`score/<benchmark>`; of ours also `score_minus_published/<benchmark>`, in points."""
 
 
 def columns(rows: Sequence[Row]) -> dict[str, Column]:
@@ -195,7 +195,7 @@ def columns(rows: Sequence[Row]) -> dict[str, Column]:
         if row.ours is not None:
             name = f"{row.model} {row.ours.setting}".strip() + " ours"
             put(name, Column(row.model, "ours"), f"score/{row.benchmark}", row.ours.value)
-            put(name, Column(row.model, "ours"), f"difference/{row.benchmark}", row.points)
+            put(name, Column(row.model, "ours"), f"score_minus_published/{row.benchmark}", row.points)
         for record in (row.official, row.reproduced):
             if record is not None:
                 name = f"{record.model} {record.kind}"

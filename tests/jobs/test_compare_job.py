@@ -108,7 +108,7 @@ def test_the_page_and_the_figures_are_recorded(ask, store):
     assert recorded.data.metrics[f"compare/{LLADA}/gsm8k_cot/gsm8k/difference"] == pytest.approx(0.6)
     names = {item.path for item in client.list_artifacts(recorded.info.run_id)}
     assert {"compare.md", "compare.html", "compare.json", "config.yaml"} <= names
-    below = client.search_runs([recorded.info.experiment_id], f"tags.`mlflow.parentRunId` = '{recorded.info.run_id}'")
+    below = client.search_runs([recorded.info.experiment_id], f"tags.`dllm_ray.compare` = '{recorded.info.run_id}'")
     scores = {run.info.run_name: run.data.metrics["score/GSM8K"] for run in below}
     assert scores == {
         f"{LLADA} gsm8k ours": 70.0,
