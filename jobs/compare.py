@@ -6,8 +6,8 @@
     python jobs/compare.py --tracking.uri http://mlflow:5000 --html /var/www/html/scores.html
 
 Prints a table, and leaves OUTPUT_DIR/compare.md, compare.json, and a page with plots (compare.html, or --html). An
-MLflow run of its own in the same store holds them as well. Beside it MLflow has one run for each column; a saved view of
-the experiment sets them side by side, and the job prints its address.
+MLflow run of its own in the same store holds them as well. Beside it MLflow has one run for each column; a saved view
+of the experiment sets them side by side, and the job prints its address.
 """
 
 import json
