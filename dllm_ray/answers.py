@@ -51,6 +51,31 @@ class Answer:
     """The whole text, where `needs_whole` says so."""
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far requests are that were handed in together."""
+
+    requests: int
+    """All of them; equal ones count once."""
+    kind: str = "generate"
+    """`generate` for texts that are written, `score` for likelihoods."""
+    done: int = 0
+    """Answered, those from disk included."""
+    from_disk: int = 0
+    """Those that an earlier run had answered."""
+    slices: int = 0
+    """Pieces of work that are made of the others."""
+    slices_done: int = 0
+    tokens: int = 0
+    """Written, in the answers from disk too."""
+    nfe: int = 0
+    """Forwards that written answers took part in, summed over answers."""
+    noisy: int = 0
+    """Noisy sequences that likelihoods sent through the model."""
+    seconds: float = 0.0
+    """Workers' time, divided by the workers; answers from disk bring what they took then."""
+
+
 class AnswerStore:
     """The answers of one run, by row. In memory only their places in the file are held.
 

@@ -45,6 +45,15 @@ def writable_folder(folder: str | Path) -> Path:
     return path
 
 
+def may_be_a_file(path: str | Path) -> bool:
+    """Whether a file may be made there: its folder exists, and it is no folder itself."""
+    path = Path(path)
+    try:
+        return path.parent.is_dir() and not path.is_dir()
+    except OSError:  # e.g. a name that is too long
+        return False
+
+
 @contextmanager
 def complete_file(path: Path) -> Iterator[TextIO]:
     """A text file that takes its place, over an older one, when the `with` block ends without an error; else it goes

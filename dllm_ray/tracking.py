@@ -3,7 +3,9 @@
 The client API is used throughout, so nothing depends on a global "active run", and several runs can be open at once.
 """
 
+import base64
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -14,7 +16,8 @@ import subprocess
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +33,8 @@ _DATABASE = re.compile(r"(postgresql|mysql|mssql)(\+\w+)?://")
 _LOCK = 0x646C6C6D  # of ours, among the advisory locks of a PostgreSQL database
 _PARAM_LIMIT = 6000  # characters that MLflow stores of a parameter
 _FAILURE = "dllm_ray.failure"  # tag: why a run broke off
+_UI = "http://127.0.0.1:5000"  # where `mlflow ui` listens
+_VIEW_LIMIT = 4500  # characters; a tag of an experiment holds 5,000
 
 
 @dataclass
@@ -92,21 +97,23 @@ class Run:
         tags: Mapping[str, str],
         settings: Mapping[str, Any] | None = None,
         known: str | None = None,
+        nested: bool = True,
     ) -> str:
-        """Records a finished run of its own below this one.
+        """Records a finished run of its own below this one, or beside it.
 
         Args:
             name: of the run.
             metrics, tags: of it.
             settings: its parameters.
             known: id of such a run whose metrics and tags are brought up to date; None: a new one.
+            nested: stand below this one; else beside it, where the UI shows it in lists that are filtered.
 
         Returns:
             Its id.
         """
         from mlflow.entities import Metric, Param, RunTag
 
-        tags = {"mlflow.parentRunId": self.run_id, "mlflow.runName": name, **tags}
+        tags = {**({"mlflow.parentRunId": self.run_id} if nested else {}), "mlflow.runName": name, **tags}
         if known is None:
             experiment = self._client.get_run(self.run_id).info.experiment_id
             run_id = self._client.create_run(experiment, tags=tags).info.run_id
@@ -122,6 +129,29 @@ class Run:
         if known is None:
             self._client.set_terminated(run_id, "FINISHED")
         return run_id
+
+    def save_view(self, name: str, runs: str, columns: Sequence[str], charts: Sequence[str]) -> str:
+        """Saves a view of some runs for the MLflow UI: it stands under `name` among the saved views of
+        the experiment, in place of an earlier one of that name.
+
+        Args:
+            name: of the view.
+            runs: filter for its runs, as `search_runs` takes it; none of them nested, which the UI would hide.
+            columns: columns of the table, as `metrics.NAME`, `tags.NAME` or `params.NAME`.
+            charts: metrics that have a chart.
+
+        Returns:
+            The address that opens it, of a server that `ui_command` starts.
+        """
+        experiment = self._client.get_run(self.run_id).info.experiment_id
+        state = _view_state(runs, columns, charts)
+        if len(state) > _VIEW_LIMIT:  # of many charts; the UI makes them itself where it is told none
+            state = _view_state(runs, columns, ())
+        key = hashlib.sha256(name.encode()).hexdigest()[:16]
+        view = {"name": name, "createdAt": int(time.time() * 1000), "state": state}
+        self._client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{key}", json.dumps(view))
+        server = without_credentials(self.uri) if self.uri.startswith("http") else _UI
+        return f"{server.rstrip('/')}/#/experiments/{experiment}/runs?viewStateShareKey={key}"
 
     def children(self) -> dict[str, tuple[str, dict[str, float]]]:
         """Name -> id and metrics of the finished runs below this one; what a kill left unfinished is deleted."""
@@ -187,7 +217,7 @@ def start(
     """
     uri = tracking.uri or default_uri(output_dir)
     client, experiment = _open(uri, tracking.experiment, tracking.artifacts)
-    name = tracking.run_name or f"{job} {output_dir.name}"
+    name = run_name(job, output_dir, tracking)
     run_tags = {
         "dllm_ray.job": job,
         "mlflow.runName": name,
@@ -212,6 +242,49 @@ def start(
         client.set_terminated(run.run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     client.set_terminated(run.run_id, "FINISHED")
+
+
+def run_name(job: str, output_dir: Path, tracking: TrackingConfig) -> str:
+    """What the run of a job is called; arguments as of `start`."""
+    return tracking.run_name or f"{job} {output_dir.name}"
+
+
+def _view_state(runs: str, columns: Sequence[str], charts: Sequence[str]) -> str:
+    """The state of MLflow's experiment page, in its own packed form.
+
+    Args:
+        runs, columns, charts: as of `Run.save_view`.
+    """
+    section = "scores"
+    drawn = {
+        "compareRunCharts": [
+            {
+                "uuid": f"chart-{number}",
+                "type": "BAR",
+                "metricKey": metric,
+                "metricSectionId": section,
+                "runsCountToCompare": 50,
+                "deleted": False,
+                "isGenerated": False,
+            }
+            for number, metric in enumerate(charts)
+        ],
+        "compareRunSections": [
+            {"uuid": section, "name": "Scores", "display": True, "isReordered": False, "deleted": False}
+        ],
+    }
+    state = {
+        "searchFilter": runs,
+        "orderByKey": "attributes.start_time",
+        "orderByAsc": True,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "selectedColumns": [f"{kind}.`{name}`" for kind, _, name in (column.partition(".") for column in columns)],
+        "runsHiddenMode": "SHOW_ALL",
+        "autoRefreshEnabled": False,
+        **(drawn if charts else {}),
+    }
+    return "deflate;" + base64.b64encode(zlib.compress(json.dumps(state).encode(), 9)).decode()
 
 
 def default_uri(output_dir: Path) -> str:

@@ -23,6 +23,7 @@ from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, Ray
 from dllm_ray.answers import (
     Answer,
     AnswerStore,
+    Progress,
     answer_columns,
     answer_key,
     base_seed,
@@ -32,6 +33,7 @@ from dllm_ray.answers import (
     require_free_columns,
     write,
 )
+from dllm_ray.bulk_metrics import BulkMetrics
 from dllm_ray.cluster import Shares
 from dllm_ray.errors import ConfigError, DllmRayError, ResourceError
 from dllm_ray.models.config import ModelConfig
@@ -82,12 +84,21 @@ class ModelPool:
         model: what they load.
         shares: how many, and what each reserves.
         threads: torch threads of each worker on a CPU; None: the machine's cores divided by the workers.
+        metrics: told what workers do; None: nobody is.
     """
 
-    def __init__(self, model: ModelConfig, shares: Shares, threads: int | None = None):
+    def __init__(
+        self,
+        model: ModelConfig,
+        shares: Shares,
+        threads: int | None = None,
+        metrics: BulkMetrics | None = None,
+    ):
         self.model = model
         self.workers = shares.workers
         """How many there are."""
+        self.metrics = metrics
+        """Told what they do."""
         self._shares = shares
         self._threads = threads or max((os.cpu_count() or 1) // shares.workers, 1)
         self._loading: dict[ray.ObjectRef, int] = {}  # call -> number of the worker that loads its model
@@ -162,6 +173,8 @@ class ModelPool:
 
         while True:
             hand_out()
+            if self.metrics is not None:
+                self.metrics.workers(len(under_way), len(idle), len(self._loading))
             if not under_way and not following and not more():
                 return
             waited_for = [*under_way, *self._loading]
@@ -187,6 +200,8 @@ class ModelPool:
                 self._losses = 0
                 idle.append(number)
                 hand_out()  # before the caller takes its time with the result
+                if self.metrics is not None and not isinstance(outcome, Exception):
+                    self.metrics.finished(outcome[1])
                 yield call, outcome
 
     def slices(
@@ -257,8 +272,22 @@ class ModelPool:
         config = replace(config, seed=base_seed(store, config))
         self.wait()
         before, began = store.facts.get("seconds", 0.0), time.perf_counter()
+        tell = self.metrics.answering("prompts") if self.metrics is not None else _nobody
+        slices = -(-(len(prompts) - len(store)) // slice_rows)
+        now = Progress(len(prompts), done=len(store), from_disk=len(store), slices=slices)
+        tell(now)
         for part in self.slices(prompts, config, slice_rows, done=store, infill=infill, drafts=drafts):
-            store.add(part.answers(), seconds=before + time.perf_counter() - began)
+            took = time.perf_counter() - began
+            store.add(part.answers(), seconds=before + took)
+            now = replace(
+                now,
+                done=len(store),
+                slices_done=now.slices_done + 1,
+                tokens=now.tokens + sum(map(len, part.output.completions)),
+                nfe=now.nfe + sum(part.output.row_nfe),
+                seconds=took,
+            )
+            tell(now)
             if on_progress is not None:
                 on_progress(len(store))
 
@@ -315,10 +344,16 @@ class ModelPool:
             ResourceError: too many were lost, with nothing finished between them.
         """
         self._losses += 1
+        if self.metrics is not None:
+            self.metrics.lost()
         if self._losses > _MAX_LOSSES:
             raise ResourceError(f"workers keep dying, the last one so: {error}") from error
         ray.kill(self._actors[number])  # it may only be out of reach, and would keep what it reserves
         self._start(number)
+
+
+def _nobody(_: Progress) -> None:
+    """Who is told of progress that nobody wants to know of."""
 
 
 def result_of(call: ray.ObjectRef) -> Any:

@@ -3,9 +3,11 @@
     python jobs/compare.py --tracking.uri sqlite:///outputs/evaluate/mlruns.db
     python jobs/compare.py --tracking.uri http://mlflow:5000 --model LLaDA-8B-Instruct --task gsm8k,humaneval
     python jobs/compare.py --tracking.uri sqlite:///outputs/digits/mlruns.db --published LLaDA-8B-Instruct
+    python jobs/compare.py --tracking.uri http://mlflow:5000 --html /var/www/html/scores.html
 
-Prints a table, and leaves OUTPUT_DIR/compare.md, compare.html (one page with a plot) and compare.json, which an MLflow
-run of its own in the same store holds as well. Below that run MLflow has one run for each column, to compare in its UI.
+Prints a table, and leaves OUTPUT_DIR/compare.md, compare.json, and a page with plots (compare.html, or --html). An
+MLflow run of its own in the same store holds them as well. Beside it MLflow has one run for each column; a saved view
+of the experiment sets them side by side, and the job prints its address.
 """
 
 import json
@@ -21,9 +23,10 @@ sys.path[0 : __name__ == "__main__"] = [str(ROOT)]
 from dllm_ray.cli import run_job
 from dllm_ray.config import to_dict
 from dllm_ray.errors import ConfigError, EvaluationError
-from dllm_ray.output import complete_file, printable, writable_folder
+from dllm_ray.output import complete_file, may_be_a_file, printable, writable_folder
 from dllm_ray.tracking import TrackingConfig
 
+_COMPARE = "dllm_ray.compare"  # tag: id of the comparison that a column belongs to
 OFFICIAL_SETTINGS = ROOT / "configs" / "evaluate"
 
 
@@ -43,6 +46,9 @@ class CompareJob:
     """Published models to show as well, separated by commas, e.g. `LLaDA-8B-Instruct,LLaDA-1.5`: on the same
     benchmarks, or on all of theirs where they have none of these. null: beside a model without published scores every
     one on the same benchmarks, or, where there is none, two well-known ones."""
+    html: str | None = None
+    """File of the page, which needs nothing beside it, e.g. in a web server's folder; null: compare.html in the output
+    folder."""
     all: bool = False
     """Show every run, in place of the newest of several with the same model, task and settings."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -54,6 +60,8 @@ class CompareJob:
                 "name the store that holds the evaluation runs, e.g. sqlite:///outputs/evaluate/mlruns.db",
                 "tracking.uri",
             )
+        if self.html is not None and not may_be_a_file(self.html):
+            raise ConfigError(f"{self.html} is no file in a folder that is there", "html")
         from dllm_ray.evaluation import reference
 
         for model in _words(self.published):
@@ -79,24 +87,38 @@ def main(job: CompareJob) -> None:
         "points and in standard errors of ours. Published are scores with the nearest settings on record. NFE, TPF and "
         "tok/s are those of the whole run."
     ]
+    page = Path(job.html or output_dir / "compare.html").resolve()
     texts = {
-        "compare.md": compare_report.markdown(rows, notes),
-        "compare.html": compare_report.page(rows, notes),
-        "compare.json": json.dumps(compare_report.tree(rows), indent=2, ensure_ascii=False, default=str),
+        output_dir / "compare.md": compare_report.markdown(rows, notes),
+        page: compare_report.page(rows, notes),
+        output_dir / "compare.json": json.dumps(compare_report.tree(rows), indent=2, ensure_ascii=False, default=str),
     }
-    for name, text in texts.items():
-        with complete_file(output_dir / name) as file:
+    for path, text in texts.items():
+        with complete_file(path) as file:
             file.write(text)
     _print(rows)
     tags = {"dllm_ray.compare.models": ", ".join(dict.fromkeys(row.model for row in rows if row.ours))[:5000]}
-    with tracking.start("compare", to_dict(job), output_dir, _named(job, shown), tags) as run:
+    named = _named(job, shown)
+    with tracking.start("compare", to_dict(job), output_dir, named, tags) as run:
         run.log(compare_report.metrics(rows))
-        for name in texts:
-            run.file(output_dir / name)
-        for name, scores in compare_report.columns(rows).items():
-            run.child(name, scores, {"dllm_ray.job": "compare-column"})
-    print(f"page      {output_dir / 'compare.html'}")
+        for path in texts:
+            run.file(path)
+        address = _beside_each_other(run, named.run_name, compare_report.columns(rows))
+    print(f"page      {page}")
     print(f"tracking  run {run.run_id}: {tracking.ui_command(run.uri)}")
+    print(f"view      {address}")
+
+
+def _beside_each_other(run, name: str, columns: Mapping) -> str:
+    """Records the columns as runs, saves a view of them, and returns its address."""
+    for column, held in columns.items():
+        tags = {"dllm_ray.job": "compare-column", "dllm_ray.model": held.model, "dllm_ray.score": held.kind}
+        run.child(column, held.scores, tags | {_COMPARE: run.run_id}, nested=False)
+    metrics = list(dict.fromkeys(metric for held in columns.values() for metric in held.scores))
+    scores = [metric for metric in metrics if metric.startswith("score/")]
+    differences = [metric for metric in metrics if metric not in scores]
+    shown = ["tags.dllm_ray.score", *(f"metrics.{metric}" for metric in scores + differences)]
+    return run.save_view(name, f"tags.`{_COMPARE}` = '{run.run_id}'", shown, scores)
 
 
 def _scores(job: CompareJob):

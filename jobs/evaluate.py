@@ -114,11 +114,13 @@ def _run(job: EvaluateJob, asker, asked: list[Ask]) -> None:
     failed: list[str] = []
     with (
         tracking.start("evaluate", to_dict(job), output_dir, store, tags, parent=provenance.get("run_id")) as run,
-        _pool(job) as pool,
+        _pool(job, tracking.run_name("evaluate", output_dir, store)) as pool,
     ):
+        cache = job.evaluate.cache or str(output_dir / "answers")
         for ask in asked:
             try:
-                results, figures = asker.ask(ask, pool, job.evaluate.cache or str(output_dir / "answers"))
+                tell = pool.metrics.answering(",".join(ask.evaluate.tasks), ask.name)
+                results, figures = asker.ask(ask, pool, cache, on_progress=tell)
                 folder = writable_folder(output_dir / ask.name) if ask.name else output_dir
                 files = report.write(folder, ask, results, figures, facts)
             except DllmRayError as error:
@@ -150,22 +152,27 @@ def _show_plan(job: EvaluateJob, asker, asked: list[Ask]) -> None:
     from dllm_ray.evaluation.plan import timed
     from dllm_ray.viz.terminal import duration, table
 
-    with _pool(job) as pool:
+    with _pool(job, "plan") as pool:
         planned = [plan for ask in asked for plan in timed(asker.plan(ask), ask, pool, asker.context)]
     table(f"{job.model.path}, {pool.workers} workers", [plan.row() for plan in planned])
     print(f"in all    {duration(sum(plan.seconds or 0.0 for plan in planned))} at most, and what loading takes")
 
 
 @contextmanager
-def _pool(job: EvaluateJob):
-    """Workers that hold the model."""
+def _pool(job: EvaluateJob, run_name: str):
+    """Workers that hold the model, for a run of that name."""
     from dllm_ray import cluster
+    from dllm_ray.bulk_metrics import BulkMetrics
+    from dllm_ray.metrics import Labels
     from dllm_ray.workers import ModelPool
 
     config = job.evaluate
     with cluster.connect(config.workers or 2):
         shares = cluster.shares(config.workers, config.cpus_per_worker, config.gpus_per_worker, "evaluate.")
-        with ModelPool(job.model, shares, config.threads_per_worker) as pool:
+        with (
+            BulkMetrics(Labels("evaluate", run_name, job.model.path)) as metrics,
+            ModelPool(job.model, shares, config.threads_per_worker, metrics) as pool,
+        ):
             yield pool
 
 

@@ -29,7 +29,7 @@ from dllm_ray.cli import run_job
 from dllm_ray.config import section, to_dict
 from dllm_ray.errors import ConfigError, DataError, OutputError
 from dllm_ray.models.config import ModelConfig
-from dllm_ray.output import complete_file, printable, writable_folder
+from dllm_ray.output import complete_file, may_be_a_file, printable, writable_folder
 from dllm_ray.sampling.config import SamplerConfig
 from dllm_ray.tracking import TrackingConfig
 
@@ -90,7 +90,7 @@ class SampleJob:
                 if getattr(self, name) != default:
                     raise ConfigError("is for a source of --prompts, not for a single --prompt", name)
         self._check_edit()
-        if self.html is not None and not _may_be_a_file(Path(self.html)):
+        if self.html is not None and not may_be_a_file(self.html):
             raise ConfigError(f"{self.html} is no file in a folder that is there", "html")
         for name in ("limit", "workers", "batch_size"):
             value = getattr(self, name)
@@ -106,13 +106,6 @@ class SampleJob:
             raise ConfigError("is for a single --prompt; a source of prompts has a column draft", "draft")
         if self.edit and self.prompt is not None and self.draft is None:
             raise ConfigError("give the draft that is to be revised with --draft", "draft")
-
-
-def _may_be_a_file(path: Path) -> bool:
-    try:
-        return path.parent.is_dir() and not path.is_dir()
-    except OSError:  # e.g. a name that is too long
-        return False
 
 
 @dataclass
@@ -334,7 +327,7 @@ def _fill(work: Work, store, seeds: list[int]) -> None:
     from dllm_ray.viz.terminal import Progress
 
     job, total = work.job, len(work.prompts)
-    with _pool(job, job.workers) as pool:
+    with _pool(work, job.workers) as pool:
         pool.wait()
         (work.output_dir / SUMMARY).unlink(missing_ok=True)  # from here on it would tell of other answers
         progress = Progress("sample", total, "prompt", done=len(store))
@@ -348,18 +341,26 @@ def _replay_again(work: Work, summary: dict) -> None:
     """Writes the replay of answers that are there already: their seeds give them again."""
     from dllm_ray.sampling.sampler import row_seeds
 
-    with _pool(work.job, 1) as pool:
+    with _pool(work, 1) as pool:
         _replay_first(work, pool, row_seeds(summary["seed"], range(min(len(work.prompts), _REPLAYED))))
     print(f"replay    {work.job.html}")
 
 
 @contextmanager
-def _pool(job: SampleJob, workers: int | None) -> Iterator[Any]:
+def _pool(work: Work, workers: int | None) -> Iterator[Any]:
     """Workers with the model, on a cluster."""
-    from dllm_ray import cluster
+    from dllm_ray import cluster, tracking
+    from dllm_ray.bulk_metrics import BulkMetrics
+    from dllm_ray.metrics import Labels
     from dllm_ray.workers import ModelPool
 
-    with cluster.connect(workers or 2), ModelPool(job.model, cluster.shares(workers, None, None, "")) as pool:
+    job = work.job
+    labels = Labels("sample", tracking.run_name("sample", work.output_dir, job.tracking), job.model.path)
+    with (
+        cluster.connect(workers or 2),
+        BulkMetrics(labels) as metrics,
+        ModelPool(job.model, cluster.shares(workers, None, None, ""), metrics=metrics) as pool,
+    ):
         yield pool
 
 

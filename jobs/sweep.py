@@ -130,7 +130,8 @@ def _run(job: SweepJob, ask: Ask, planned, score: tuple[str, str], label: str) -
     parent = provenance.get("run_id")
     facts = tracking.system_facts() | {"seed": job.seed}
     cache = job.evaluate.cache or str(output_dir / "answers")
-    sweep = Sweep(job.model, ask, job.sweep, planned, score, job.seed, output_dir, cache)
+    name = tracking.run_name("sweep", output_dir, store)
+    sweep = Sweep(job.model, ask, job.sweep, planned, score, job.seed, output_dir, cache, name)
     with (
         state,
         tracking.start("sweep", to_dict(job), output_dir, store, tags, resume=state.run_id, parent=parent) as run,

@@ -9,11 +9,11 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import dllm_ray
-from dllm_ray.answers import Answer, ended_by_stop
+from dllm_ray.answers import Answer, Progress, ended_by_stop
 from dllm_ray.config import to_dict
 from dllm_ray.errors import ConfigError
 from dllm_ray.evaluation.cache import AnswerCache, digest
@@ -145,7 +145,7 @@ class _Answers(ABC):
         likelihood: LikelihoodConfig,
         batch_size: int,
         cache: AnswerCache | None,
-        on_progress: Callable[[int, int], None] | None,
+        on_progress: Callable[[Progress], None] | None,
         workers: int,
     ):
         self.figures = Figures()
@@ -174,12 +174,11 @@ class _Answers(ABC):
         ]
         settings = {name: value for name, value in to_dict(self._sampler).items() if name != "seed"}
         slices = _Slices(self._batch_size)
-        answered, seconds = self._answer(units, slices, _generate, self._sampler, {"sampler": settings}, Answer)
-        unique = [answers[0] for answers in answered.values()]
+        answered, took = self._answer(units, slices, _generate, self._sampler, {"sampler": settings}, Answer)
         self.figures.documents += len(units)
-        self.figures.tokens += sum(len(answer.tokens) for answer in unique)
-        self.figures.nfe += sum(answer.nfe for answer in unique)
-        self.figures.sampling_seconds += seconds
+        self.figures.tokens += took.tokens
+        self.figures.nfe += took.nfe
+        self.figures.sampling_seconds += took.seconds
         return [answered[unit.key][0] for unit in units]
 
     def score(
@@ -204,11 +203,10 @@ class _Answers(ABC):
         settings = {name: value for name, value in to_dict(config).items() if name != "batch_size"}
         full = sum(self._copies(target) for _, target, *_ in requests) // (config.batch_size * _SLICE_FORWARDS)
         slices = _Slices(self._batch_size, _SLICE_TOKENS, True, max(min(full, _FEWEST_SLICES), 1))
-        answered, seconds = self._answer(units, slices, _score, config, {"likelihood": settings}, Likelihood)
+        answered, took = self._answer(units, slices, _score, config, {"likelihood": settings}, Likelihood)
         self.figures.documents += len(requests)
-        copies = sum(likelihood.copies for likelihoods in answered.values() for likelihood in likelihoods)
-        self.figures.forwards += copies * (2 if config.cfg_scale else 1)
-        self.figures.scoring_seconds += seconds
+        self.figures.forwards += took.noisy
+        self.figures.scoring_seconds += took.seconds
         found: dict[int, Likelihood] = {}
         for rows, unit in zip(together, units, strict=True):
             found |= zip(rows, answered[unit.key], strict=True)
@@ -233,27 +231,24 @@ class _Answers(ABC):
         config: Any,
         settings: dict[str, Any],
         form: Callable[..., Any],
-    ) -> tuple[dict[str, list[Any]], float]:
-        """Answers by units' keys, and the seconds they took; what is on disk is not asked."""
+    ) -> tuple[dict[str, list[Any]], Progress]:
+        """Answers by units' keys, and what they took; what is on disk is not asked."""
         cache = self._cache and self._cache.under({**settings, "dllm_ray": dllm_ray.__version__})
         units = list({unit.key: unit for unit in units}.values())
         answered: dict[str, list[Any]] = {}
-        seconds, before = 0.0, 0
+        now = Progress(sum(unit.size for unit in units), "generate" if form is Answer else "score")
         for unit in units if cache is not None else ():
             entry = cache.get(unit.key)
             if entry is not None:
                 answered[unit.key] = [form(*values) for values in entry["answers"]]
-                seconds += entry["seconds"]
-                before += unit.size
+                now = self._further(now, answered[unit.key], entry["seconds"])
         parts = slices.plan(units, lambda unit: unit.key not in answered)
-        done, total = before, sum(unit.size for unit in units)
-        self._tell(done, total)
+        now = self._tell(replace(now, from_disk=now.done, slices=len(parts)))
         work = [([unit.requests for unit in part], config) for part in parts]
         for index, answers, took in self._run(function, work):
             part = parts[index]
             share = took / self._workers / len(part)
             answered |= zip((unit.key for unit in part), answers, strict=True)
-            seconds += share * len(part)
             if cache is not None:
                 cache.add(
                     {
@@ -261,15 +256,29 @@ class _Answers(ABC):
                         for unit, group in zip(part, answers, strict=True)
                     }
                 )
-            done += sum(unit.size for unit in part)
-            self._tell(done, total)
-        self.figures.from_disk += before
-        self.figures.asked += total - before
-        return answered, seconds
+            now = self._further(now, [answer for group in answers for answer in group], share * len(part))
+            now = self._tell(replace(now, slices_done=now.slices_done + 1))
+        self.figures.from_disk += now.from_disk
+        self.figures.asked += now.requests - now.from_disk
+        return answered, now
 
-    def _tell(self, done: int, total: int) -> None:
+    def _further(self, now: Progress, answers: Sequence[Answer | Likelihood], seconds: float) -> Progress:
+        """The progress with further answers."""
+        texts = [answer for answer in answers if isinstance(answer, Answer)]
+        copies = sum(answer.copies for answer in answers if not isinstance(answer, Answer))
+        return replace(
+            now,
+            done=now.done + len(answers),
+            tokens=now.tokens + sum(len(text.tokens) for text in texts),
+            nfe=now.nfe + sum(text.nfe for text in texts),
+            noisy=now.noisy + copies * (2 if self._likelihood.cfg_scale else 1),
+            seconds=now.seconds + seconds,
+        )
+
+    def _tell(self, now: Progress) -> Progress:
         if self._on_progress is not None:
-            self._on_progress(done, total)
+            self._on_progress(now)
+        return now
 
 
 class LocalAnswers(_Answers):
@@ -280,7 +289,7 @@ class LocalAnswers(_Answers):
         sampler: how to denoise; each request brings its own seed.
         likelihood: how to score.
         batch_size: documents denoised together.
-        on_progress: called with the number of requests answered so far, and of all that were handed in together.
+        on_progress: told of the progress of requests that were handed in together, from 0 on.
     """
 
     def __init__(
@@ -289,7 +298,7 @@ class LocalAnswers(_Answers):
         sampler: SamplerConfig,
         likelihood: LikelihoodConfig,
         batch_size: int,
-        on_progress: Callable[[int, int], None] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
     ):
         super().__init__(sampler, likelihood, batch_size, None, on_progress, workers=1)
         self._lm = lm
@@ -311,8 +320,7 @@ class PooledAnswers(_Answers):
         batch_size: documents in a slice, denoised together by a worker.
         cache: finished answers of the same model (`answers.model_key`); every finished slice is added at once. None:
             nothing is kept.
-        on_progress: called with the number of requests answered so far, those from disk included, and of all that were
-            handed in together.
+        on_progress: told of the progress of requests that were handed in together, from what lies on disk on.
     """
 
     def __init__(
@@ -322,7 +330,7 @@ class PooledAnswers(_Answers):
         likelihood: LikelihoodConfig,
         batch_size: int,
         cache: AnswerCache | None,
-        on_progress: Callable[[int, int], None] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
     ):
         super().__init__(sampler, likelihood, batch_size, cache, on_progress, pool.workers)
         self._pool = pool

@@ -1,9 +1,10 @@
 """Asks a pool of workers what an `Ask` says: lm-eval's requests in, its results and our figures out."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from dllm_ray.answers import model_key
+from dllm_ray.answers import Progress, model_key
 from dllm_ray.chat import encode_text
 from dllm_ray.config import section
 from dllm_ray.errors import ConfigError
@@ -17,7 +18,7 @@ from dllm_ray.models.config import ModelConfig
 from dllm_ray.models.load import open_tokenizer
 from dllm_ray.sampling.config import SamplerConfig
 from dllm_ray.sampling.plan import check
-from dllm_ray.viz.terminal import Progress
+from dllm_ray.viz import terminal
 
 
 class Asker:
@@ -92,7 +93,12 @@ class Asker:
         )
 
     def ask(
-        self, ask: Ask, pool: Pool, cache: str, documents: range | None = None
+        self,
+        ask: Ask,
+        pool: Pool,
+        cache: str,
+        documents: range | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
     ) -> tuple[dict[str, Any], dict[str, float]]:
         """lm-eval's results, and figures of the sampler and the pool.
 
@@ -101,19 +107,26 @@ class Asker:
             pool: answers.
             cache: folder or URI of finished answers.
             documents: places of the documents of each task that are asked, in place of the first `evaluate.limit`.
+            on_progress: told how far requests are.
 
         Raises:
             DllmRayError: a task can't be run, or a worker met an error.
         """
-        progress = _Lines(f"evaluate {ask.name}".rstrip())
+        lines = _Lines(f"evaluate {ask.name}".rstrip())
+
+        def tell(progress: Progress) -> None:
+            lines.update(progress.done, progress.requests)
+            if on_progress is not None:
+                on_progress(progress)
+
         kept = AnswerCache(cache, model_key(self._model))
         size = ask.evaluate.batch_size
-        answerer = PooledAnswers(pool, ask.sampler, ask.likelihood, size, kept, progress.update)
+        answerer = PooledAnswers(pool, ask.sampler, ask.likelihood, size, kept, tell)
         harness = self.harness(ask, answerer)
         try:
             results = evaluate(harness, ask.evaluate, self._seed, documents)
         finally:
-            progress.close()
+            lines.close()
         if harness.truncated:
             print(f"note      {harness.truncated} requests were longer than the context and lost their beginning")
         return results, figures(answerer.figures, harness.truncated)
@@ -136,12 +149,12 @@ class _Lines:
 
     def __init__(self, label: str):
         self._label = label
-        self._line: Progress | None = None
+        self._line: terminal.Progress | None = None
 
     def update(self, done: int, total: int) -> None:
         if self._line is None or done == 0:
             self.close()
-            self._line = Progress(self._label, total, "request")
+            self._line = terminal.Progress(self._label, total, "request")
         self._line.update(done)
         if done == total:
             self.close()

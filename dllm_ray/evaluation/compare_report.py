@@ -4,6 +4,7 @@ import html
 import posixpath
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from dllm_ray.evaluation import reference
@@ -171,17 +172,34 @@ def metrics(rows: Sequence[Row]) -> dict[str, float]:
     return found
 
 
-def columns(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Name -> `score/<benchmark>` for each model and kind of score, so that MLflow sets them side by side."""
-    columns: dict[str, dict[str, float]] = {}
+@dataclass
+class Column:
+    """The scores of one model that are of one kind, to stand beside others."""
+
+    model: str
+    kind: str
+    """`ours`, `official` or `reproduced`."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """`score/<benchmark>`; of ours also `score_minus_published/<benchmark>`, in points."""
+
+
+def columns(rows: Sequence[Row]) -> dict[str, Column]:
+    """Name -> scores of each model and kind, so that MLflow sets them side by side."""
+    columns: dict[str, Column] = {}
+
+    def put(name: str, column: Column, score: str, value: float | None) -> None:
+        if value is not None:
+            columns.setdefault(name, column).scores.setdefault(_metric_name(score), value)
+
     for row in rows:
-        if row.ours is not None and row.ours.value is not None:
+        if row.ours is not None:
             name = f"{row.model} {row.ours.setting}".strip() + " ours"
-            columns.setdefault(name, {}).setdefault(_metric_name(f"score/{row.benchmark}"), row.ours.value)
+            put(name, Column(row.model, "ours"), f"score/{row.benchmark}", row.ours.value)
+            put(name, Column(row.model, "ours"), f"score_minus_published/{row.benchmark}", row.points)
         for record in (row.official, row.reproduced):
             if record is not None:
                 name = f"{record.model} {record.kind}"
-                columns.setdefault(name, {}).setdefault(_metric_name(f"score/{row.benchmark}"), record.score)
+                put(name, Column(record.model, record.kind), f"score/{row.benchmark}", record.score)
     return columns
 
 

@@ -15,6 +15,7 @@ from dllm_ray.data.mixture import TrainStream, map_shards
 from dllm_ray.data.prepare import Corpus, Prepared
 from dllm_ray.data.tokenize import texts
 from dllm_ray.errors import ConfigError, ModelError
+from dllm_ray.metrics import Board, Labels
 from dllm_ray.models import adapters, blueprint, load, scratch, tokenizers
 from dllm_ray.models.spec import DiffusionSpec
 from dllm_ray.models.vocabulary import rows_needed
@@ -23,6 +24,7 @@ from dllm_ray.objectives.config import ObjectiveConfig
 from dllm_ray.training import checkpoint, report, trainer
 from dllm_ray.training.config import Elastic, TrainConfig
 from dllm_ray.training.job import TrainingJob
+from dllm_ray.training.metrics import TrainMetrics
 from dllm_ray.training.observe import Look, Observer, free_gpu
 from dllm_ray.training.run_folder import CHECKPOINTS, FINAL, TOKENIZER, RunFolder
 
@@ -75,7 +77,7 @@ def _train(job: TrainingJob, name: str, folder: RunFolder) -> None:
             shares = _join_cluster(job.train, stack)
 
         tags = {
-            "dllm_ray.model": job.model.path or f"scratch:{job.model.scratch.architecture}",
+            "dllm_ray.model": _model_name(job),
             "dllm_ray.family": spec.family,
             "dllm_ray.objective": job.objective.name,
             "dllm_ray.data_fingerprint": prepared.fingerprint,
@@ -84,7 +86,9 @@ def _train(job: TrainingJob, name: str, folder: RunFolder) -> None:
         record = stack.enter_context(tracking.start(name, to_dict(job), folder.path, job.tracking, tags, resume))
         folder.update(mlflow_run=record.run_id)
         record.json("data.json", report.data_facts(prepared))
-        _fit(job, name, folder, prepared, tokenizer, objective, shares, record)
+        labels = Labels(name, tracking.run_name(name, folder.path, job.tracking), _model_name(job))
+        board = stack.enter_context(Board(labels, "train"))
+        _fit(job, name, folder, prepared, tokenizer, objective, shares, record, board)
 
 
 def _objective(job: TrainingJob, spec: DiffusionSpec, tokenizer, context: int | None) -> Objective:
@@ -138,6 +142,7 @@ def _fit(
     objective: Objective,
     shares: cluster.Shares,
     record: tracking.Run,
+    board: Board,
 ) -> None:
     settings = without_secrets(to_dict(job))
     plan = prepared.run(job.train.epochs, job.train.max_steps)
@@ -159,12 +164,14 @@ def _fit(
     )
     stream = TrainStream(prepared.feed, prepared.batching, prepared.padding, plan, shares.data_cpus, objective.pairs)
     watcher = report.Watcher(plan.steps, record, prepared)
+    metrics = TrainMetrics(board, plan.steps)
     look = Look(job.model, job.sampler, prepared.valid, job.observe.sample_rows, job.observe.evaluation(), job.seed)
     gpus = job.observe.gpus
     observer = Observer(look, shares.data_cpus, free_gpu(shares) if gpus is None else gpus)
 
     def on_events(events: list[trainer.Event]) -> None:
         watcher.on_events(events)
+        metrics.on_events(events)
         for event in events:
             if event["kind"] == "checkpoint":
                 folder.update(checkpoint_step=event["step"])
@@ -226,6 +233,10 @@ def _tokenizer_and_spec(job: TrainingJob, folder: RunFolder, corpus: Corpus) -> 
     scratch.check(job.model.scratch, tokenizer)
     spec = blueprint.describe(job.model.scratch.architecture, tokenizer)
     return tokenizer, spec, job.model.scratch.max_position_embeddings
+
+
+def _model_name(job: TrainingJob) -> str:
+    return job.model.path or f"scratch:{job.model.scratch.architecture}"
 
 
 def _join_cluster(train: TrainConfig, stack: contextlib.ExitStack) -> cluster.Shares:

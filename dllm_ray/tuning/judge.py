@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dllm_ray.bulk_metrics import BulkMetrics
 from dllm_ray.cluster import Shares
 from dllm_ray.config import read, to_dict
 from dllm_ray.evaluation import report
 from dllm_ray.evaluation.asking import Asker
 from dllm_ray.evaluation.cache import digest
 from dllm_ray.evaluation.suite import Ask
+from dllm_ray.metrics import Labels
 from dllm_ray.models.config import ModelConfig
 from dllm_ray.output import writable_folder
 from dllm_ray.sampling.config import SamplerConfig
@@ -51,6 +53,7 @@ class Judge:
         score: metric and filter that settings are compared by.
         budget: how much may be asked.
         facts: what results depend on beside settings, for their files.
+        labels: of the sweep's metrics.
     """
 
     def __init__(
@@ -64,8 +67,10 @@ class Judge:
         score: tuple[str, str],
         budget: Budget,
         facts: Mapping[str, Any],
+        labels: Labels,
     ):
-        self._models = ModelPool(model, shares, threads)
+        self._metrics = BulkMetrics(labels)
+        self._models = ModelPool(model, shares, threads, self._metrics)
         self._pool = SharedPool(self._models)
         self._busy_s = 0.0
         self._asker = Asker(model, seed)
@@ -100,7 +105,8 @@ class Judge:
                 return None
             pool = _Turns(self._pool, self._harness, self._count, lambda: self._spent(begun=True))
             try:
-                results, figures = self._asker.ask(ask, pool, self._cache, documents)
+                tell = self._metrics.answering(",".join(ask.evaluate.tasks), name)
+                results, figures = self._asker.ask(ask, pool, self._cache, documents, tell)
             except _Spent:
                 return None
             metric, way = self._score
@@ -128,6 +134,7 @@ class Judge:
     def close(self) -> None:
         """Ends the workers."""
         self._models.close()
+        self._metrics.close()
 
     def _count(self, requests: int, seconds: float) -> None:
         self._asked += requests

@@ -18,6 +18,7 @@ from dllm_ray.answers import changes
 from dllm_ray.config import to_dict
 from dllm_ray.errors import DllmRayError, EvaluationError, OutputError, first_line
 from dllm_ray.evaluation.suite import Ask
+from dllm_ray.metrics import Labels
 from dllm_ray.models.config import ModelConfig
 from dllm_ray.output import complete_file
 from dllm_ray.tuning import published, results
@@ -168,6 +169,7 @@ class Sweep:
         seed: of requests, few-shot examples and searchers.
         folder: exists.
         cache: folder or URI of finished answers.
+        run_name: of its MLflow run, for its metrics.
     """
 
     model: ModelConfig
@@ -178,6 +180,7 @@ class Sweep:
     seed: int
     folder: Path
     cache: str
+    run_name: str
 
     def run(
         self,
@@ -285,6 +288,7 @@ class Sweep:
                     self.score,
                     budget,
                     facts,
+                    Labels("sweep", self.run_name, self.model.path),
                 )
             )
             try:

@@ -96,8 +96,8 @@ def _first(pool, workers):
 def _answers_while_a_worker_dies(pool, answers, likelihoods):
     killed = []
 
-    def kill_one(done, total):
-        if 0 < done < total and not killed:
+    def kill_one(progress):
+        if 0 < progress.done < progress.requests and not killed:
             actor = pool._actors[-1]
             killed.append(actor)
             os.kill(ray.get(actor.__ray_call__.remote(lambda _self: os.getpid())), signal.SIGKILL)
@@ -119,7 +119,9 @@ def test_equal_requests_are_asked_once(lm):
 
 def test_figures_sum_up_what_it_took(lm):
     progress = []
-    pooled = PooledAnswers(LoopPool(lm), SAMPLER, LIKELIHOOD, 4, None, lambda *done: progress.append(done))
+    pooled = PooledAnswers(
+        LoopPool(lm), SAMPLER, LIKELIHOOD, 4, None, lambda now: progress.append((now.done, now.requests))
+    )
     answers = pooled.generate(PROMPTS, SEEDS)
     figures = pooled.figures
     assert figures.tokens == sum(len(answer.tokens) for answer in answers)

@@ -194,9 +194,9 @@ def test_metrics_and_columns_have_names_that_mlflow_takes(lines):
     rows = compare.table([score_of(lines[0]), mine], lines, [])
     found = metrics(rows)
     assert found["compare/GSAI-ML/LLaDA-8B-Instruct/gsm8k_cot/gsm8k/official"] == 69.4
-    for name in [*found, *(name for column in columns(rows).values() for name in column)]:
+    for name in [*found, *(name for column in columns(rows).values() for name in column.scores)]:
         _validate_metric_name(name)
-    assert columns(rows)["LLaDA-8B-Instruct reproduced"]["score/GSM8K"] == 74.7
+    assert columns(rows)["LLaDA-8B-Instruct reproduced"].scores["score/GSM8K"] == 74.7
 
 
 TEXT = st.text(max_size=30)

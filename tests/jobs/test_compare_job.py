@@ -1,6 +1,9 @@
 """jobs/compare.py over a real MLflow store: what it finds, shows, records, and says when there is nothing."""
 
+import base64
 import json
+import re
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,13 +108,47 @@ def test_the_page_and_the_figures_are_recorded(ask, store):
     assert recorded.data.metrics[f"compare/{LLADA}/gsm8k_cot/gsm8k/difference"] == pytest.approx(0.6)
     names = {item.path for item in client.list_artifacts(recorded.info.run_id)}
     assert {"compare.md", "compare.html", "compare.json", "config.yaml"} <= names
-    below = client.search_runs([recorded.info.experiment_id], f"tags.`mlflow.parentRunId` = '{recorded.info.run_id}'")
+    below = client.search_runs([recorded.info.experiment_id], f"tags.`dllm_ray.compare` = '{recorded.info.run_id}'")
     scores = {run.info.run_name: run.data.metrics["score/GSM8K"] for run in below}
     assert scores == {
         f"{LLADA} gsm8k ours": 70.0,
         "LLaDA-8B-Instruct official": 69.4,
         "LLaDA-8B-Instruct reproduced": 74.7,
     }
+
+
+def test_a_saved_view_sets_the_scores_side_by_side(ask, store):
+    _, out, *_ = ask(store, model="llada")
+    run_id = out.rpartition("tracking  run ")[2].partition(":")[0]
+    address = out.rpartition("view      ")[2].strip()
+    client = MlflowClient(f"sqlite:///{store}/mlruns.db")
+    experiment = client.get_experiment(client.get_run(run_id).info.experiment_id)
+    key = address.rpartition("viewStateShareKey=")[2]
+    assert address == f"http://127.0.0.1:5000/#/experiments/{experiment.experiment_id}/runs?viewStateShareKey={key}"
+    view = json.loads(experiment.tags[f"mlflow.sharedViewState.{key}"])
+    assert view["name"] == "compare LLaDA-8B-Instruct"
+    state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
+    shown = client.search_runs([experiment.experiment_id], state["searchFilter"])
+    assert {run.data.tags["dllm_ray.score"] for run in shown} == {"ours", "official", "reproduced"}
+    metrics = {name for run in shown for name in run.data.metrics}
+    assert {f"metrics.`{name}`" for name in metrics} == set(state["selectedColumns"]) - {"tags.`dllm_ray.score`"}
+    assert [chart["metricKey"] for chart in state["compareRunCharts"]] == ["score/GSM8K"]
+    # the same comparison again takes the place of its view
+    ask(store, model="llada")
+    views = client.get_experiment(experiment.experiment_id).tags
+    assert sum(json.loads(value).get("name") == view["name"] for tag, value in views.items() if "View" in tag) == 1
+
+
+def test_the_page_goes_where_it_is_wanted_and_needs_nothing_beside_it(ask, store, tmp_path):
+    page = tmp_path / "scores.html"
+    status, out, *_ = ask(store, model="llada", html=str(page))
+    assert status == 0 and f"page      {page}" in out
+    assert not (tmp_path / "out" / "compare.html").exists()
+    text = page.read_text()
+    assert "69.4" in text and "default-src 'none'" in text
+    assert not re.search(r"<script|<link|<img|<iframe|@import|url\(|(?:src|href)=", text)
+    status, _, err, _ = ask(store, html=str(tmp_path / "nowhere" / "scores.html"))
+    assert status == 2 and err.endswith("scores.html is no file in a folder that is there\n")
 
 
 def test_every_run_is_shown_on_request_and_a_suite_means_the_runs_below_it(ask, store):

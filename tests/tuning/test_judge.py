@@ -15,6 +15,7 @@ from dllm_ray.evaluation import answering
 from dllm_ray.evaluation.asking import Asker
 from dllm_ray.evaluation.config import EvaluateConfig, LikelihoodConfig
 from dllm_ray.evaluation.suite import Ask
+from dllm_ray.metrics import Labels
 from dllm_ray.models.config import ModelConfig
 from dllm_ray.sampling.config import SamplerConfig
 from dllm_ray.tuning import judge as judging
@@ -23,6 +24,7 @@ from dllm_ray.tuning.judge import Budget, Judge
 from dllm_ray.tuning.scores import per_document
 
 ROWS, SLICE = 12, 2
+LABELS = Labels("sweep", "it", "model")
 SAMPLER = SamplerConfig(max_new_tokens=8, block_size=4, steps=4, temperature=1.0, seed=3)
 OTHERS = [replace(SAMPLER, temperature=0.7), replace(SAMPLER, steps=2), replace(SAMPLER, block_size=8, steps=8)]
 
@@ -88,12 +90,13 @@ def judge(lms, model, ask, tmp_path, monkeypatch):
 
     def make(asked=ask, **budget):
         arguments = (model, Shares(2, 0.5, 0, 1), 1, asked, 0, str(tmp_path / "answers"), ("value", "none"))
-        opened.append(Judge(*arguments, Budget(**budget), {"machine": "mine"}))
+        opened.append(Judge(*arguments, Budget(**budget), {"machine": "mine"}, LABELS))
         return opened[-1]
 
     yield make
     for one in opened:
         one._pool.close()
+        one._metrics.close()
 
 
 @pytest.fixture(scope="module")
