@@ -189,7 +189,7 @@ def columns(rows: Sequence[Row]) -> dict[str, Column]:
 
     def put(name: str, column: Column, score: str, value: float | None) -> None:
         if value is not None:
-            columns.setdefault(name, column).scores.setdefault(_metric_name(score), value)
+            columns.setdefault(name, column).scores.setdefault(_metric_name(score), round(value, 4))
 
     for row in rows:
         if row.ours is not None:
