@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dllm_ray import cluster_file
+from dllm_ray.cluster_file import VARIABLE, ClusterFile
 from dllm_ray.config import parse, to_dict
 from dllm_ray.errors import DllmRayError
 from dllm_ray.output import printable
@@ -34,6 +34,7 @@ def run_job(job: type[T], main: Callable[[T], None], description: str, argv: lis
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator" not in record.getMessage())
+    named = os.environ.get(VARIABLE)
     try:
         argv = sys.argv[1:] if argv is None else argv
         prog = f"python jobs/{Path(sys.argv[0]).name}"
@@ -44,6 +45,10 @@ def run_job(job: type[T], main: Callable[[T], None], description: str, argv: lis
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    finally:
+        os.environ.pop(VARIABLE, None)
+        if named is not None:
+            os.environ[VARIABLE] = named
     return 0
 
 
@@ -52,10 +57,11 @@ def print_error(error: DllmRayError) -> None:
     print(printable(f"error: {error}").encode(errors="backslashreplace").decode(), file=sys.stderr)
 
 
-def _cluster(path: str | None) -> cluster_file.ClusterFile | None:
-    """The file that an option or the environment names."""
-    path = path or os.environ.get(cluster_file.VARIABLE)
-    return cluster_file.ClusterFile(path) if path else None
+def _cluster(path: str | None) -> ClusterFile | None:
+    """The file that an option or the environment names. Jobs that this one is made of find it in the environment."""
+    if path:
+        os.environ[VARIABLE] = path
+    return ClusterFile.named(path)
 
 
 def _sampler_of_the_model(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ written is none of its business, so that a job's settings mean the same everywhe
     export DLLM_RAY_CLUSTER=configs/clusters/shared-folder.yaml    # the same for every job
 """
 
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,12 @@ class ClusterFile:
                     f"{nearest(name, [*SETTINGS, OUTPUTS])}"
                 )
         self._tree = tree
+
+    @classmethod
+    def named(cls, path: str | None) -> "ClusterFile | None":
+        """The file that `--cluster`, or else the environment names; None: neither does."""
+        path = path or os.environ.get(VARIABLE)
+        return cls(path) if path else None
 
     def settings(self, names: Collection[str]) -> dict[str, Any]:
         """What it sets of a job's settings.

@@ -50,6 +50,12 @@ class TrainingError(DllmRayError):
     exit_status = 1
 
 
+class NotPromoted(DllmRayError):
+    """A trained model was registered, and not promoted: its scores don't meet the rules."""
+
+    exit_status = 3
+
+
 class EvaluationError(DllmRayError):
     """A task or its data can't be evaluated."""
 

@@ -1,5 +1,6 @@
 """Writing results: folders that can be written, files and directories that are complete or not there, harmless text."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -52,6 +53,21 @@ def may_be_a_file(path: str | Path) -> bool:
         return path.parent.is_dir() and not path.is_dir()
     except OSError:  # e.g. a name that is too long
         return False
+
+
+def exclusive(folder: Path) -> TextIO:
+    """Keeps others out of a folder that exists, until the file that it returns is closed or the process ends.
+
+    Raises:
+        OutputError: another run is using it.
+    """
+    lock = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise OutputError(f"another run is using {folder}: wait for it, or name another output_dir") from None
+    return lock
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import tempfile
 import time
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +26,9 @@ from typing import Any
 
 from dllm_ray.config import flatten, to_yaml, without_credentials, without_secrets
 from dllm_ray.errors import ConfigError, DllmRayError, ModelError, OutputError, first_line
+
+COMPARISON = "dllm_ray.compare"
+"""Tag: id of the comparison that a column belongs to."""
 
 _PACKAGES = ("dllm-ray", "torch", "transformers", "ray", "datasets", "lm-eval", "mlflow", "numpy", "tokenizers", "peft")
 _SQLITE = "sqlite:///"
@@ -168,6 +171,30 @@ class Run:
                     self._client.delete_run(run.info.run_id)
         return found
 
+    def prune(self, known: Collection[str]) -> None:
+        """Deletes the runs below this one, but for those whose ids are known; with those below them, and a comparison
+        with its columns."""
+        experiment = self._client.get_run(self.run_id).info.experiment_id
+
+        def below(run_id: str) -> list[str]:
+            queries = [f"tags.`{tag}` = '{run_id}'" for tag in ("mlflow.parentRunId", COMPARISON)]
+            found = [self._client.search_runs([experiment], query, max_results=1000) for query in queries]
+            return [run.info.run_id for some in found for run in some]
+
+        def delete(run_id: str) -> None:
+            for child in below(run_id):
+                delete(child)
+            self._client.delete_run(run_id)
+
+        for child in below(self.run_id):
+            if child not in known:
+                delete(child)
+
+    def folder(self, path: str | Path, name: str) -> str:
+        """Stores a folder's files as an artifact of that name, in place of earlier ones, and returns its URI."""
+        self._client.log_artifacts(self.run_id, str(path), name)
+        return f"{self._client.get_run(self.run_id).info.artifact_uri}/{name}"
+
 
 @dataclass(frozen=True)
 class Recorded:
@@ -287,6 +314,14 @@ def _view_state(runs: str, columns: Sequence[str], charts: Sequence[str]) -> str
     return "deflate;" + base64.b64encode(zlib.compress(json.dumps(state).encode(), 9)).decode()
 
 
+def resolved(tracking: TrackingConfig, output_dir: Path) -> TrackingConfig:
+    """The settings with the store by name, in a way that means the same in any working directory."""
+    uri = tracking.uri or default_uri(output_dir)
+    if uri.startswith(_SQLITE):
+        uri = f"{_SQLITE}{Path(uri.removeprefix(_SQLITE)).resolve()}"
+    return replace(tracking, uri=uri)
+
+
 def default_uri(output_dir: Path) -> str:
     """The SQLite database of an output folder."""
     return f"{_SQLITE}{output_dir.resolve()}/mlruns.db"
@@ -327,6 +362,28 @@ def find_runs(tracking: TrackingConfig, job: str) -> list[Recorded]:
             some = client.search_runs([found.experiment_id], query, max_results=1000, page_token=page)
             runs, page = runs + list(some), some.token or ""
     return [_recorded(client, run) for run in runs]
+
+
+def find_run(tracking: TrackingConfig, run_id: str) -> Recorded | None:
+    """A run of the experiment by its id; None: it isn't there, or was deleted."""
+    from mlflow.exceptions import MlflowException
+
+    with _patient(tracking.uri):
+        client = _client(tracking.uri)
+        experiment = client.get_experiment_by_name(tracking.experiment)
+        try:
+            run = client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            return None
+    is_here = experiment is not None and run.info.experiment_id == experiment.experiment_id
+    return _recorded(client, run) if is_here and run.info.lifecycle_stage == "active" else None
+
+
+def open_run(tracking: TrackingConfig, run_id: str) -> Run:
+    """A run that is there, to add to it; how it stands is left as it is."""
+    return Run(_client(tracking.uri), run_id, tracking.uri)
 
 
 def _recorded(client, run) -> Recorded:
@@ -626,6 +683,95 @@ def fetch_model(model: str, uri: str | None) -> Path:
         # by itself MLflow would look for the model in a registry of its own settings
         where = client.get_model_version_download_uri(name, version)
         return Path(download_artifacts(artifact_uri=where, tracking_uri=uri))
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of a registered model."""
+
+    name: str
+    number: int
+    run_id: str | None
+    """Its training run."""
+    tags: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return f"models:/{self.name}/{self.number}"
+
+
+def find_version(model: str, uri: str) -> Version | None:
+    """The version of a registered model that `models:/name/3` or `models:/name@alias` means; None: there is none.
+
+    Raises:
+        OutputError: the store can't be reached.
+    """
+    from mlflow.exceptions import MlflowException
+
+    rest = model.partition(":/")[2]
+    with _patient(uri):
+        client = _client(uri)
+        try:
+            if "@" in rest:
+                return _model_version(client.get_model_version_by_alias(*rest.split("@")))
+            return _model_version(client.get_model_version(*rest.rsplit("/", 1)))
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            return None
+
+
+def tagged_version(name: str, uri: str, tags: Mapping[str, str]) -> Version | None:
+    """The newest version of a registered model with these tags; None: there is none.
+
+    Raises:
+        OutputError: the store can't be reached.
+    """
+    found, page = [], None
+    with _patient(uri):
+        client = _client(uri)
+        while page != "":
+            some = client.search_model_versions(f"name = '{name}'", page_token=page)
+            found, page = found + list(map(_model_version, some)), some.token or ""
+    return max((one for one in found if tags.items() <= one.tags.items()), key=lambda one: one.number, default=None)
+
+
+def register(name: str, source: str, run_id: str, tags: Mapping[str, str], uri: str) -> Version:
+    """Makes a new version of a registered model, which is made where it isn't there yet.
+
+    Args:
+        name: of the model.
+        source: URI of the artifact that holds the version.
+        run_id: its training run.
+        tags: of the version; they are there as soon as it is.
+        uri: tracking server or database.
+
+    Raises:
+        OutputError: the store can't be reached or written.
+    """
+    from mlflow.exceptions import MlflowException
+
+    with _patient(uri):
+        client = _client(uri)
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        return _model_version(client.create_model_version(name, source, run_id, dict(tags)))
+
+
+def set_alias(version: Version, alias: str, uri: str) -> None:
+    """Gives an alias to a version, and takes it from the one that had it.
+
+    Raises:
+        OutputError: the store can't be reached or written.
+    """
+    with _patient(uri):
+        _client(uri).set_registered_model_alias(version.name, alias, str(version.number))
+
+
+def _model_version(found) -> Version:
+    return Version(found.name, int(found.version), found.run_id or None, dict(found.tags))
 
 
 def _registry(uri: str | None):

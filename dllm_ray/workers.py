@@ -10,16 +10,17 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import ray
 import torch
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
+from dllm_ray import cluster
 from dllm_ray.answers import (
     Answer,
     AnswerStore,
@@ -36,6 +37,7 @@ from dllm_ray.answers import (
 from dllm_ray.bulk_metrics import BulkMetrics
 from dllm_ray.cluster import Shares
 from dllm_ray.errors import ConfigError, DllmRayError, ResourceError
+from dllm_ray.metrics import Labels
 from dllm_ray.models.config import ModelConfig
 from dllm_ray.models.lm import DiffusionLM
 from dllm_ray.models.load import open_model, open_tokenizer
@@ -497,3 +499,34 @@ def _rows_in_order(dataset: "ray.data.Dataset") -> list[dict[str, Any]]:
         return [row for table in dataset.iter_batches(batch_format="pyarrow") for row in table.to_pylist()]
     finally:
         options.preserve_order = before
+
+
+class PoolSettings(Protocol):
+    """How many workers there are, and what each reserves: `EvaluateConfig`, for one."""
+
+    workers: int | None
+    cpus_per_worker: float | None
+    gpus_per_worker: float | None
+    threads_per_worker: int | None
+
+
+@contextmanager
+def connected_pool(command: str, run_name: str, model: ModelConfig, config: PoolSettings) -> Iterator[ModelPool]:
+    """Workers that hold a model, and a connection to Ray for their time.
+
+    Args:
+        command: the job, `evaluate`; also the section of its settings, for messages.
+        run_name: of its MLflow run.
+        model: what they load.
+        config: how many.
+
+    Raises:
+        ResourceError: the cluster is too small, or can't be joined.
+    """
+    with cluster.connect(config.workers or 2):
+        shares = cluster.shares(config.workers, config.cpus_per_worker, config.gpus_per_worker, f"{command}.")
+        with (
+            BulkMetrics(Labels(command, run_name, model.path)) as metrics,
+            ModelPool(model, shares, config.threads_per_worker, metrics) as pool,
+        ):
+            yield pool

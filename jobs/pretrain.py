@@ -10,25 +10,13 @@ jobs/sft.py.
 """
 
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 # a checkout need not be installed; and beside this file `evaluate` would hide Hugging Face's package of that name
 sys.path[0 : __name__ == "__main__"] = [str(Path(__file__).resolve().parents[1])]
 
 from dllm_ray.cli import run_job
-from dllm_ray.data.config import DataConfig
-from dllm_ray.training.job import TrainingJob
-
-
-@dataclass
-class PretrainJob(TrainingJob):
-    """Settings of jobs/pretrain.py."""
-
-    output_dir: str = "outputs/pretrain"
-    """Folder for checkpoints, the trained model, and the MLflow database."""
-    data: DataConfig = field(default_factory=lambda: DataConfig(format="text", padding="ignore", random_length=0.01))
-    """Training and validation data."""
+from dllm_ray.training.job import PretrainJob
 
 
 def main(job: PretrainJob) -> None:

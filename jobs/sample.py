@@ -131,7 +131,7 @@ def main(job: SampleJob) -> None:
     rows = _rows(job)
     output_dir = writable_folder(job.output_dir)
     from dllm_ray.answers import answer_key
-    from dllm_ray.training.checkpoint import read_provenance
+    from dllm_ray.models.provenance import read_provenance
 
     work = _encoded(job, output_dir, read_provenance(job.model.path), rows)
     key = None

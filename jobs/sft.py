@@ -11,24 +11,15 @@ starts over. Leaves OUTPUT_DIR/final, a Hugging Face directory, and records the 
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 # a checkout need not be installed; and beside this file `evaluate` would hide Hugging Face's package of that name
 sys.path[0 : __name__ == "__main__"] = [str(Path(__file__).resolve().parents[1])]
 
 from dllm_ray.cli import run_job
-from dllm_ray.training.job import TrainingJob
+from dllm_ray.training.job import SFTJob
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "sft" / "digits.yaml"
-
-
-@dataclass
-class SFTJob(TrainingJob):
-    """Settings of jobs/sft.py."""
-
-    output_dir: str = "outputs/sft"
-    """Folder for checkpoints, the trained model, and the MLflow database."""
 
 
 def main(job: SFTJob) -> None:

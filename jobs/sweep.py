@@ -115,7 +115,7 @@ def main(job: SweepJob) -> None:
 def _run(job: SweepJob, ask: Ask, planned, score: tuple[str, str], label: str) -> None:
     from dllm_ray import tracking
     from dllm_ray.answers import model_key
-    from dllm_ray.training.checkpoint import read_provenance
+    from dllm_ray.models.provenance import read_provenance
     from dllm_ray.tuning import record, report
     from dllm_ray.tuning.answered import Answered
     from dllm_ray.tuning.sweep import State, Sweep, state_key

@@ -12,7 +12,7 @@ from dllm_ray.cli import run_job
 from dllm_ray.config import leaf_types, parse
 
 ROOT = Path(__file__).resolve().parents[1]
-SFT, PRETRAIN, SAMPLE, CHAT, SERVE, EVALUATE, SWEEP, COMPARE, CONVERT, DOCTOR, BENCHMARK, *OTHER_BENCHMARKS = jobs = (
+SFT, PRETRAIN, SAMPLE, CHAT, SERVE, EVALUATE, SWEEP, COMPARE, CONVERT, PIPELINE, DOCTOR, BENCHMARK, *OTHERS = jobs = (
     ("sft", "SFTJob"),
     ("pretrain", "PretrainJob"),
     ("sample", "SampleJob"),
@@ -22,13 +22,14 @@ SFT, PRETRAIN, SAMPLE, CHAT, SERVE, EVALUATE, SWEEP, COMPARE, CONVERT, DOCTOR, B
     ("sweep", "SweepJob"),
     ("compare", "CompareJob"),
     ("convert", "ConvertJob"),
+    ("pipeline", "PipelineJob"),
     ("doctor", "DoctorConfig"),
     ("benchmark", "TrainBenchmark"),
     ("benchmark", "SampleBenchmark"),
     ("benchmark", "LikelihoodBenchmark"),
     ("benchmark", "ServeBenchmark"),
 )
-SAMPLE_BENCHMARK, LIKELIHOOD_BENCHMARK, SERVE_BENCHMARK = OTHER_BENCHMARKS
+SAMPLE_BENCHMARK, LIKELIHOOD_BENCHMARK, SERVE_BENCHMARK = OTHERS
 SMALLEST = {
     SFT: ["--data.path", "chats.jsonl"],
     PRETRAIN: ["--data.path", "book.txt"],
@@ -39,6 +40,7 @@ SMALLEST = {
     SWEEP: ["--model.path", "m"],
     COMPARE: ["--tracking.uri", "sqlite:///x.db"],
     CONVERT: ["--model.path", "m", "--output_dir", "out"],
+    PIPELINE: [],
     DOCTOR: [],
     BENCHMARK: [],
     SAMPLE_BENCHMARK: [],
@@ -51,6 +53,7 @@ OF_FILE = {
     "benchmark/likelihood.yaml": LIKELIHOOD_BENCHMARK,
     "benchmark/serve.yaml": SERVE_BENCHMARK,
     "benchmark/serve_vocabulary.yaml": SERVE_BENCHMARK,
+    "benchmark/serve_cache.yaml": SERVE_BENCHMARK,
 }
 """The jobs of settings files that aren't the first job of their folder's name."""
 NEEDS = {name: ["--data.path", "x"] for name in ("gsm8k_tiny.yaml", "gsm8k.yaml", "tiny.yaml")} | {
@@ -58,6 +61,8 @@ NEEDS = {name: ["--data.path", "x"] for name in ("gsm8k_tiny.yaml", "gsm8k.yaml"
 }
 NEEDS["several.yaml"] = ["--insecure", "true"]  # or keys, in the environment
 """The options that a settings file leaves to the user."""
+CLUSTERS = set((ROOT / "configs" / "clusters").glob("*.yaml"))
+"""Files of no job, which have a test of their own."""
 
 
 def job_class(name: str, class_name: str) -> type:
@@ -100,7 +105,9 @@ def test_printed_settings_read_back_to_the_same(job, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+    "path",
+    sorted(set((ROOT / "configs").glob("*/*.yaml")) - CLUSTERS),
+    ids=lambda path: f"{path.parent.name}/{path.stem}",
 )
 def test_every_settings_file_fits_its_job(path):
     job = OF_FILE.get(f"{path.parent.name}/{path.name}") or next(job for job in jobs if job[0] == path.parent.name)

@@ -155,6 +155,47 @@ def test_a_run_records_finished_children_with_their_settings(store):
     assert client.get_run(plain).data.params == {} and plain != run_id
 
 
+def test_what_is_not_known_below_a_run_is_deleted_with_what_is_below_it(store):
+    with open_run(store, job="pipeline") as run:
+        with open_run(store, parent=run.run_id) as kept:
+            below_kept = kept.child("variant", {}, {})
+        with open_run(store, job="compare", parent=run.run_id) as dropped:
+            below_dropped = dropped.child("variant", {}, {})
+            column = dropped.child("column", {}, {tracking.COMPARISON: dropped.run_id}, nested=False)
+        run.prune({kept.run_id})
+    client = MlflowClient(tracking_uri=run.uri)
+    stages = {name: client.get_run(name).info.lifecycle_stage for name in (kept.run_id, below_kept, run.run_id)}
+    assert set(stages.values()) == {"active"}
+    gone = {client.get_run(name).info.lifecycle_stage for name in (dropped.run_id, below_dropped, column)}
+    assert gone == {"deleted"}
+    where = tracking.resolved(store.tracking, store.folder)
+    assert tracking.find_run(where, kept.run_id).run_id == kept.run_id
+    assert tracking.find_run(where, dropped.run_id) is tracking.find_run(where, "f" * 32) is None
+
+
+def test_versions_of_a_model_are_found_by_alias_number_and_tags(store):
+    uri = tracking.resolved(store.tracking, store.folder).uri
+    assert tracking.find_version("models:/poems@champion", uri) is None
+    assert tracking.tagged_version("poems", uri, {}) is None
+    (store.folder / "final").mkdir(exist_ok=True)
+    (store.folder / "final" / "config.json").write_text("{}")
+    with open_run(store) as run:
+        source = run.folder(store.folder / "final", "model")
+    versions = [tracking.register("poems", source, run.run_id, {"digest": digest}, uri) for digest in "aba"]
+    assert [(one.number, one.run_id, one.tags) for one in versions] == [
+        (number, run.run_id, {"digest": digest}) for number, digest in enumerate("aba", 1)
+    ]
+    assert tracking.tagged_version("poems", uri, {"digest": "a"}) == versions[2]
+    assert tracking.tagged_version("poems", uri, {"digest": "c"}) is None
+    for version in versions[:2]:
+        tracking.set_alias(version, "champion", uri)
+    found = tracking.find_version("models:/poems@champion", uri)
+    assert str(found) == tracking.registered_version("models:/poems@champion", uri) == "models:/poems/2"
+    assert tracking.find_version("models:/poems/1", uri).tags == {"digest": "a"}
+    assert tracking.find_version("models:/poems/9", uri) is None
+    assert (tracking.fetch_model("models:/poems/1", uri) / "config.json").read_text() == "{}"
+
+
 def test_tags_say_what_the_run_is_about(store):
     with open_run(store, tags={"dllm_ray.model": "m", "dllm_ray.family": None}) as run:
         pass

@@ -119,6 +119,13 @@ def look_up(config: EvaluateConfig) -> list[Loaded]:
     ]
 
 
+def metric_names(task: Loaded) -> list[str]:
+    """The names that a task's scores have in `metrics`."""
+    if len(task.filters) == 1:
+        return list(task.metrics)
+    return [f"{metric}.{name}" for metric in task.metrics for name in task.filters]
+
+
 def evaluate(model, config: EvaluateConfig, seed: int, documents: range | None = None) -> dict[str, Any]:
     """Runs the tasks.
 

@@ -204,6 +204,7 @@ def _model(name: str, facts: ModelFacts) -> dict[str, Any]:
         "can_chat": facts.can_chat,
         "can_infill": facts.can_infill,
         "edits": facts.edits,
+        "version": facts.version,
         "sampler": dict(facts.sampler),
     }
     return {"id": name, "object": "model", "created": facts.created, "owned_by": "dllm_ray", "diffusion": diffusion}

@@ -132,3 +132,5 @@ class ModelFacts:
     """Its sampler settings, as far as calls may change them; `max_new_tokens` by `max_tokens`."""
     edits: bool = False
     """Whether it edits: its texts grow and shrink while they are written."""
+    version: str | None = None
+    """Its version in MLflow's registry, as `models:/name/3`; None: it isn't from there."""

@@ -411,6 +411,7 @@ def _facts(entry: Mapping[str, Any]) -> ModelFacts:
         can_infill=told.get("can_infill", False),
         sampler=dict(told.get("sampler") or {}),
         edits=bool(told.get("edits")),
+        version=told.get("version"),
     )
 
 

@@ -133,6 +133,8 @@ class ModelDiffusion(_Told):
     can_infill: bool
     edits: bool
     """Its texts grow and shrink while they are written, and are sent when they are finished."""
+    version: str | None
+    """Its version in MLflow's registry, as `models:/name/3`; null where it isn't from there."""
     sampler: dict[str, Any]
     """Its sampler settings, which `diffusion` of a request changes."""
 

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -93,7 +94,8 @@ class ModelReplica:
 
     async def facts(self) -> ModelFacts:
         """What clients may know of the model."""
-        return self._model.facts
+        path = self._config.path
+        return replace(self._model.facts, version=path if path.startswith(REGISTRY) else None)
 
     async def figures(self) -> Figures:
         """How it is doing."""

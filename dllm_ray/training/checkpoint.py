@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from dllm_ray.config import to_yaml
+from dllm_ray.models.provenance import PROVENANCE
 from dllm_ray.output import replace_directory
 from dllm_ray.training.strategies.base import MODEL, Strategy
 
 STATE = "state.json"
 SETTINGS = "config.yaml"
-PROVENANCE = "provenance.json"
 
 
 def save(
@@ -66,12 +66,3 @@ def export(checkpoint: Path, target: Path, card: str, provenance: Mapping[str, A
     (temporary / "README.md").write_text(card, encoding="utf-8")
     (temporary / PROVENANCE).write_text(json.dumps(dict(provenance), indent=2, default=str), encoding="utf-8")
     replace_directory(temporary, target)
-
-
-def read_provenance(model: str | None) -> dict[str, Any]:
-    """The provenance of a model directory; empty where it has none."""
-    path = Path(model or "") / PROVENANCE
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}

@@ -114,6 +114,24 @@ class TrainingJob:
             )
 
 
+@dataclass
+class SFTJob(TrainingJob):
+    """Settings of jobs/sft.py."""
+
+    output_dir: str = "outputs/sft"
+    """Folder for checkpoints, the trained model, and the MLflow database."""
+
+
+@dataclass
+class PretrainJob(TrainingJob):
+    """Settings of jobs/pretrain.py."""
+
+    output_dir: str = "outputs/pretrain"
+    """Folder for checkpoints, the trained model, and the MLflow database."""
+    data: DataConfig = field(default_factory=lambda: DataConfig(format="text", padding="ignore", random_length=0.01))
+    """Training and validation data."""
+
+
 def _of_edits(sampler: SamplerConfig, path: str | None, kappa: str) -> SamplerConfig:
     """The settings for a model that learns to edit: without what a masked model brought along and an edited text has
     no use for, and on the objective's schedule.

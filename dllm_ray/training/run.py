@@ -32,12 +32,13 @@ _TOKENIZER_ROWS = 100_000
 """Rows that a tokenizer from scratch is trained on, at most."""
 
 
-def run(job: TrainingJob, name: str) -> None:
+def run(job: TrainingJob, name: str, parent: str | None = None) -> None:
     """Trains, or goes on with the run that is in the job's output folder.
 
     Args:
         job: the settings.
         name: the job's name in the tracking store: `sft`, `pretrain`.
+        parent: MLflow run that this one belongs under.
 
     Raises:
         DllmRayError: bad input, before anything expensive starts; or training failed.
@@ -47,12 +48,12 @@ def run(job: TrainingJob, name: str) -> None:
         if folder.finished:
             print(f"{folder.path / FINAL} is finished already; --fresh would train it again")
         else:
-            _train(job, name, folder)
+            _train(job, name, folder, parent)
     finally:
         folder.close()
 
 
-def _train(job: TrainingJob, name: str, folder: RunFolder) -> None:
+def _train(job: TrainingJob, name: str, folder: RunFolder, parent: str | None) -> None:
     if job.observe.tasks:
         from dllm_ray.evaluation.run import check_tasks
 
@@ -83,7 +84,9 @@ def _train(job: TrainingJob, name: str, folder: RunFolder) -> None:
             "dllm_ray.data_fingerprint": prepared.fingerprint,
         }
         resume = folder.state.get("mlflow_run")
-        record = stack.enter_context(tracking.start(name, to_dict(job), folder.path, job.tracking, tags, resume))
+        record = stack.enter_context(
+            tracking.start(name, to_dict(job), folder.path, job.tracking, tags, resume, parent)
+        )
         folder.update(mlflow_run=record.run_id)
         record.json("data.json", report.data_facts(prepared))
         labels = Labels(name, tracking.run_name(name, folder.path, job.tracking), _model_name(job))

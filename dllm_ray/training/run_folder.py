@@ -8,7 +8,6 @@ final/        the trained model, a Hugging Face directory
 Until its first checkpoint a run has nothing to lose: other settings or data replace it. From then on they are refused.
 """
 
-import fcntl
 import json
 import secrets
 import shutil
@@ -18,14 +17,13 @@ from typing import Any
 
 from dllm_ray.config import flatten
 from dllm_ray.errors import OutputError
-from dllm_ray.output import complete_file, writable_folder
+from dllm_ray.output import complete_file, exclusive, writable_folder
 
 CHECKPOINTS = "checkpoints"
 FINAL = "final"
 TOKENIZER = "tokenizer"
 
 _RUN = "run.json"
-_LOCK = ".lock"
 # Settings that a resumed run may change: they touch neither what is learned nor what is already recorded.
 _FREE = (
     "fresh",
@@ -59,7 +57,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any], fresh: bool = False):
         self.path = writable_folder(path)
-        self._lock = self._open()
+        self._lock = exclusive(self.path)
         self._settings = json.loads(json.dumps(settings))
         if fresh and (self.path / _RUN).exists():
             self._clear()
@@ -112,15 +110,6 @@ class RunFolder:
     def close(self) -> None:
         """Lets other runs use the folder."""
         self._lock.close()
-
-    def _open(self):
-        lock = (self.path / _LOCK).open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            raise OutputError(f"another run is using {self.path}: wait for it, or name another output_dir") from None
-        return lock
 
     def _read(self) -> dict[str, Any]:
         try:

@@ -1,6 +1,5 @@
 """A sweep from the first question to what it found: workers, the official setting, the search, held-out documents."""
 
-import fcntl
 import json
 import shutil
 import time
@@ -20,7 +19,7 @@ from dllm_ray.errors import DllmRayError, EvaluationError, OutputError, first_li
 from dllm_ray.evaluation.suite import Ask
 from dllm_ray.metrics import Labels
 from dllm_ray.models.config import ModelConfig
-from dllm_ray.output import complete_file
+from dllm_ray.output import complete_file, exclusive
 from dllm_ray.tuning import published, results
 from dllm_ray.tuning.answered import Answered
 from dllm_ray.tuning.config import SweepConfig
@@ -74,7 +73,7 @@ class State:
 
     def __init__(self, folder: Path, key: Mapping[str, Any], fresh: bool):
         self._file = folder / "state.json"
-        self._lock = _locked(folder)
+        self._lock = exclusive(folder)
         try:
             self._tree = self._read(folder, json.loads(json.dumps(key)), fresh)
         except BaseException:
@@ -129,16 +128,6 @@ class State:
                 "--fresh to begin anew; answers on disk are kept"
             )
         return tree
-
-
-def _locked(folder: Path) -> Any:
-    lock = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise OutputError(f"another sweep is using {folder}: wait for it, or name another output_dir") from None
-    return lock
 
 
 def state_key(model: Mapping[str, Any], config: SweepConfig, ask: Ask, seed: int) -> dict[str, Any]:

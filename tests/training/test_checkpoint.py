@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from dllm_ray.models.load import load
+from dllm_ray.models.provenance import read_provenance
 from dllm_ray.training import checkpoint
 from dllm_ray.training.config import TrainConfig
 from dllm_ray.training.strategies import wrap
@@ -35,7 +36,7 @@ def test_the_export_loads_as_the_same_model_with_its_settings_and_origin(saved, 
     checkpoint.export(folder, target, card="# a model", provenance={"run_id": "abc"})
     ids = torch.arange(10, 20).unsqueeze(0)
     assert torch.equal(load(target).logits(ids), strategy.lm.model.eval()(ids).logits)
-    assert checkpoint.read_provenance(str(target)) == {"run_id": "abc"}
+    assert read_provenance(str(target)) == {"run_id": "abc"}
     assert (target / "README.md").read_text() == "# a model"
     assert (target / "config.yaml").is_file()
     assert not list(target.glob("optimizer*")) and not (target / "state.json").exists()
@@ -65,5 +66,5 @@ def test_an_interrupted_export_leaves_no_half_model(saved, tmp_path, monkeypatch
 
 
 def test_a_model_without_provenance_has_none(tmp_path):
-    assert checkpoint.read_provenance(str(tmp_path)) == {}
-    assert checkpoint.read_provenance("some/hub-id") == {}
+    assert read_provenance(str(tmp_path)) == {}
+    assert read_provenance("some/hub-id") == {}

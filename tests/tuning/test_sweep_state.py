@@ -46,7 +46,7 @@ def test_other_settings_need_another_folder(tmp_path):
 
 
 def test_two_sweeps_at_a_time_need_two_folders(tmp_path):
-    with State(tmp_path, KEY, fresh=False), pytest.raises(OutputError, match="another sweep is using"):
+    with State(tmp_path, KEY, fresh=False), pytest.raises(OutputError, match="another run is using"):
         State(tmp_path, KEY, fresh=True)
     State(tmp_path, KEY, fresh=False).__exit__()
 

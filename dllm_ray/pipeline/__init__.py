@@ -1,0 +1,1 @@
+"""From data to a served model in stages: train, evaluate, compare, register, deploy."""
