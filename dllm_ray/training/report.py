@@ -131,6 +131,7 @@ class Watcher:
         self.parameters, self.architecture = event["parameters"], event["architecture"]
         trained = "" if event["trainable"] == self.parameters else f", {event['trainable']:,} of them trained"
         where = f"{event['workers']} worker{'s' if event['workers'] > 1 else ''} on {event['device']}"
+        where += f", on {event['nodes']} nodes" if event["nodes"] > 1 else ""
         began = f"from step {step} of" if step else "for"
         if self._progress is None:
             self._progress = Progress("train", self._steps, "step", step)

@@ -44,12 +44,15 @@ from dllm_ray.training.config import TrainConfig
 from dllm_ray.training.loop import Batch, StepResult, train_steps, validate
 from dllm_ray.training.mailbox import Event, Mailbox
 from dllm_ray.training.meter import Meter, peak_memory_gb
+from dllm_ray.training.process_group import GroupConfig
 from dllm_ray.training.strategies import wrap
 from dllm_ray.training.strategies.base import Strategy
 
 # Train looks after its workers at this interval, and `report` takes about as long; the default is 2 s.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1.0")
 
+_START_PATIENCE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+_ELASTIC_START_S = 5.0
 _DRIVER_PATIENCE_S = 30.0
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -116,10 +119,12 @@ def fit(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     mailbox = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()  # another node may be lost
     scored = {"checkpoint_score_attribute": "valid_nll", "checkpoint_score_order": "min"} if len(task.valid) else {}
+    _limit_patience(shares)
     resources = {"CPU": shares.cpus} | ({"GPU": shares.gpus} if shares.gpus else {})
     trainer = ray.train.torch.TorchTrainer(
         _train_worker,
         train_loop_config={"task": task, "mailbox": mailbox},
+        torch_config=GroupConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=shares.workers if shares.most is None else (shares.workers, shares.most),
             use_gpu=shares.gpus > 0,
@@ -164,6 +169,16 @@ def fit(
     if interrupted and result.metrics["step"] < task.total_steps:
         raise KeyboardInterrupt
     return result.checkpoint
+
+
+def _limit_patience(shares: Shares) -> None:
+    """Has Train wait for the places of an elastic run's workers for seconds only, before it counts the cluster again.
+
+    It asks for as many as it has counted room for, so there is nothing to wait for but a node that was lost: that is
+    still counted for some 20 seconds, and would then be waited for as long as a fixed number of workers.
+    """
+    if shares.most is not None:
+        os.environ.setdefault(_START_PATIENCE, str(_ELASTIC_START_S))
 
 
 def _drain(mailbox, where: Callable[[int, int, int], str]) -> list[Event]:
@@ -251,10 +266,13 @@ class _Worker:
     def run(self) -> None:
         task, train = self.task, self.task.train
         step, cursor = self._restore()
+        first_on_its_node = float(self.context.get_local_rank() == 0)
+        (nodes,) = self.strategy.sum(torch.tensor(first_on_its_node, device=self.strategy.device))
         self._post(
             "start",
             step,
             workers=self.strategy.world_size,
+            nodes=int(nodes),
             device=str(self.strategy.device),
             architecture=self.strategy.lm.architecture,
             parameters=self.parameters,

@@ -78,7 +78,7 @@ def complete(words: list[str], **options) -> subprocess.CompletedProcess:
 
 
 def ended(driver: subprocess.Popen, log: Path) -> int:
-    """The exit status of a run that `start_training` began."""
+    """The exit status of a job that writes to a log."""
     try:
         return driver.wait(HANGS_S)
     except subprocess.TimeoutExpired:
@@ -99,14 +99,13 @@ def train(output_dir: Path, **changes: str) -> subprocess.CompletedProcess:
 
 
 def start_training(output_dir: Path, log: Path, **changes: str) -> subprocess.Popen:
-    """Begins to train the tiny model; changes called `RAY_...` are variables that say which cluster to join."""
-    variables = environment() | {name: changes.pop(name) for name in list(changes) if name.startswith("RAY_")}
+    """Begins to train the tiny model."""
     settings = TINY | {"output_dir": str(output_dir)} | {k.replace("__", "."): v for k, v in changes.items()}
     with log.open("w") as file:
         return subprocess.Popen(
             command("sft", settings),
             cwd=ROOT,
-            env=variables,
+            env=environment(),
             stdout=file,
             stderr=subprocess.STDOUT,
             # tests in the background of a shell ignore interrupts, and what they start would inherit that

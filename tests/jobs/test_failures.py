@@ -1,12 +1,12 @@
-"""The kill matrix: whatever ends a run, it goes on from its last checkpoint and ends as if nothing had happened."""
+"""The kill matrix: whatever ends a run, it goes on from its last checkpoint and ends as if nothing had happened.
+
+A lost node is in `tests/cluster/test_several_hosts.py`."""
 
 import json
 import os
 import re
-import secrets
 import signal
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from jobs_testing import HANGS_S, ended, environment, history, runs, start_training, train, train_workers
+from jobs_testing import HANGS_S, ended, history, runs, start_training, train, train_workers
 
 pytestmark = pytest.mark.slow
 
@@ -126,44 +126,6 @@ def test_an_interrupt_saves_and_a_full_disk_loses_nothing(tmp_path, undisturbed)
         assert done.returncode == 0, done.stdout + done.stderr
         assert resumed_at(done.stdout) == saved
         check_curve(tmp_path / "run", undisturbed)
-
-
-TWO_NODES = """
-from ray.cluster_utils import Cluster
-
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-other = cluster.add_node(num_cpus=1)
-print(cluster.address, flush=True)
-input()
-cluster.remove_node(other, allow_graceful=False)
-print("lost", flush=True)
-input()
-cluster.shutdown()
-"""
-
-
-def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(tmp_path, undisturbed):
-    """Two workers on two nodes; one node goes, and the run goes on with what is left."""
-    token = tmp_path / "token"
-    token.write_text(secrets.token_hex(32))
-    variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    # a process of its own: this one may have another token in its memory
-    nodes = subprocess.Popen([sys.executable, "-c", TWO_NODES], env=environment() | variables, **pipes)
-    try:
-        address = nodes.stdout.readline().strip()
-        elastic = {"train__workers": '{"min": 1, "max": 2}', "train__max_failures": "5"}
-        driver = begin(tmp_path, RAY_ADDRESS=address, **variables, **elastic)
-        nodes.stdin.write("\n")
-        nodes.stdin.flush()
-        log = tmp_path / "log"
-        assert ended(driver, log) == 0, log.read_text()
-        assert "for 240 steps with 2 workers" in log.read_text()
-        step = resumed_at(log.read_text())
-        assert f"from step {step} of 240 steps with 1 worker" in log.read_text() and step % EVERY == 0
-        check_curve(tmp_path / "run", undisturbed)
-    finally:
-        nodes.communicate("\n\n")
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def play(watcher):
     values = {"train/loss": 2.0, "train/tokens_per_s": 1234.5}
     watcher.on_events(
         [
-            {"kind": "start", "step": 0, "workers": 2, "device": "cpu", "architecture": "BertForMaskedLM",
+            {"kind": "start", "step": 0, "workers": 2, "nodes": 2, "device": "cpu", "architecture": "BertForMaskedLM",
              "parameters": 1000, "trainable": 1000},
             {"kind": "valid", "step": 0, "values": {"valid/nll": 3.0, "valid/ppl": 20.1}},
             {"kind": "metrics", "step": 10, "values": values},
@@ -87,7 +87,7 @@ def test_events_become_metrics_tags_artifacts_and_lines(prepared, capsys):
     assert run.artifacts["samples/step_00000010.json"][0]["sampled"] == "12"
     assert list(run.artifacts["data.json"]["sources"]) == list(prepared.accounts)
     lines = capsys.readouterr().out
-    assert "for 10 steps with 2 workers on cpu" in lines
+    assert "for 10 steps with 2 workers on cpu, on 2 nodes" in lines
     assert "step 10/10  loss 2.0000  tokens/s 1,23" in lines and "valid nll 3.0000" in lines
     assert "skipped   step 7: the gradient's norm is nan" in lines
     assert "look      step 5: digits/exact_match 0.2500" in lines

@@ -1,9 +1,13 @@
 """The parts of the Ray Train wrapper that need no Ray; `tests/jobs` runs the whole."""
 
 import dataclasses
+import os
 
+import pytest
+
+from dllm_ray.cluster import Shares
 from dllm_ray.sampling.config import SamplerConfig
-from dllm_ray.training.trainer import _cause, with_sampler
+from dllm_ray.training.trainer import _cause, _limit_patience, with_sampler
 
 
 def test_the_cause_of_a_failure_is_its_last_error_and_ours_before_anybodys():
@@ -35,3 +39,10 @@ def test_a_trained_model_keeps_the_sampler_settings_it_was_trained_beside(make_l
         "suppress_tokens": (7,),
     }
     assert SamplerConfig(**kept) == dataclasses.replace(config, seed=None)
+
+
+@pytest.mark.parametrize(("most", "left"), [(None, 1800.0), (6, 5.0)])
+def test_only_a_fixed_number_of_workers_may_take_minutes_to_come(monkeypatch, most, left):
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
+    _limit_patience(Shares(workers=1, cpus=1, gpus=0, data_cpus=1, most=most))
+    assert float(os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"]) == left
