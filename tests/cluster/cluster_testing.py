@@ -42,12 +42,13 @@ def values(tree: Any, key: str) -> Iterator[Any]:
 
 
 def check_job(words: list[str]) -> str:
-    """Runs a command `python jobs/NAME.py ...` as far as its settings, which the job prints, and returns NAME.
+    """Runs a command `python jobs/NAME.py ...` as far as its settings, which the job prints, and returns NAME. What
+    takes a job as its arguments may stand in place of `python`.
 
     Raises:
         AssertionError: there is no such job, or it doesn't take these options.
     """
-    assert words[0] == "python", words
+    assert words[0] in ("python", "cluster/slurm/job.sbatch"), words
     found = _JOB.match(words[1])
     assert found, f"{words[1]} is no job"
     path = ROOT / "jobs" / f"{found[1]}.py"

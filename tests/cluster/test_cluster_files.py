@@ -14,7 +14,7 @@ _SECRET = re.compile(
     r"\b\w*(?:password|token|secret|api_keys?|access_key)\w*['\"]?[ \t]*[=:][ \t]*(?P<value>\S+)", re.IGNORECASE
 )
 _IN_URL = re.compile(r"://[^/\s:@]+:[^/\s@]+@")
-_ELSEWHERE = ("$", "{", "~", "/", "~/")  # a variable, a reference, a file
+_ELSEWHERE = ("$", "{", "~", "/", "~/", "secrets.")  # a variable, a reference, a file, one that is drawn
 
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CLUSTER)))
 

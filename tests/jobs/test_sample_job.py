@@ -36,7 +36,7 @@ class Pool:
 
     fails = False
 
-    def __init__(self, model, _shares):
+    def __init__(self, model, _shares, **_options):
         self._lm = load(model.path)
 
     def __enter__(self):

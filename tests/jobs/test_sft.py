@@ -79,21 +79,6 @@ def test_a_finished_run_is_not_trained_again(trained):
     assert (folder / "final" / "model.safetensors").stat().st_mtime == before
 
 
-def test_the_loss_curve_does_not_depend_on_the_number_of_workers(tmp_path):
-    curves, norms = {}, {}
-    for workers in ("1", "3"):  # 16 rows don't divide by 3
-        done = train(tmp_path / workers, train__workers=workers, train__max_steps="50", data__valid_rows="0")
-        assert done.returncode == 0, done.stdout + done.stderr
-        values = history(tmp_path / workers, "train/loss")
-        assert sorted(values) == list(range(1, 51))
-        curves[workers] = [values[step][0] for step in sorted(values)]
-        norms[workers] = [seen[0] for _, seen in sorted(history(tmp_path / workers, "train/grad_norm").items())]
-    assert curves["1"][-1] < curves["1"][0]
-    assert curves["3"] == pytest.approx(curves["1"], rel=1e-4)
-    # AdamW would forgive a gradient of the wrong scale
-    assert norms["3"] == pytest.approx(norms["1"], rel=1e-3)
-
-
 def test_a_decoder_trains_on_from_a_checkpoint(tmp_path, make_lm):
     make_lm("qwen3").save(tmp_path / "model")
     done = run(
