@@ -178,7 +178,7 @@ def _limit_patience(shares: Shares) -> None:
     still counted for some 20 seconds, and would then be waited for as long as a fixed number of workers.
     """
     if shares.most is not None:
-        os.environ.setdefault(_START_PATIENCE, str(_ELASTIC_START_S))
+        os.environ[_START_PATIENCE] = str(_ELASTIC_START_S)
 
 
 def _drain(mailbox, where: Callable[[int, int, int], str]) -> list[Event]:
