@@ -171,7 +171,8 @@ ASK = """
 import json, sys, threading, time, urllib.error, urllib.request
 
 def ask(client):
-    body = json.dumps({"model": "tiny", "prompt": "sort 21", "seed": 1}).encode()
+    body = {"model": "tiny", "prompt": "sort 21", "seed": 1, "diffusion": {"eos_penalty": 100.0}}  # it has to write
+    body = json.dumps(body).encode()
     request = urllib.request.Request(sys.argv[1], body, {"Content-Type": "application/json"})
     while True:
         began = time.monotonic()
