@@ -385,7 +385,7 @@ def test_from_nothing_to_a_server_killed_once_in_each_stage(cluster, files, tmp_
 
     # another model, which is not better: it is registered, and everything else stays as it is
     other = tmp_path / "other"
-    settings |= {"output_dir": str(other), "seed": "1", "tracking.uri": uri, "train.set": "{train.max_steps: 2}"}
+    settings |= {"output_dir": str(other), "tracking.uri": uri, "train.set": "{seed: 1, train.max_steps: 2}"}
     settings |= {"promote.rules": "[digits/exact_match >= champion + 0.5]"}
     for asked, champion_is_asked in (("{limit: 8}", True), ("{}", False)):
         done = complete([sys.executable, "jobs/pipeline.py", *words(settings | {"evaluate.set": asked})], env=cluster)
